@@ -1,0 +1,173 @@
+//! Encode and admission beside `zstd` and `b3sum`, in one run, interleaved, everything synced to the same file system.
+//!
+//! `cargo bench -p engine --bench against_zstd [-- --image FILE] [--rounds N]`. Without an image it makes one that looks like
+//! memory; under `cargo test` it runs tiny, so that it cannot rot. Where a tool is missing its column is.
+
+mod ram;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use engine::image::hot::{HotImage, StackDelta};
+use engine::savefile::{
+    self, DeviceState, HostIdentity, ImageId, ImageInput, Manifest, PageMap, ReadBackend, Savefile, Scope, VolumeInfo,
+};
+use engine::units::ByteCount;
+
+type Failure = Box<dyn std::error::Error>;
+
+struct NoDeltas;
+
+impl StackDelta for NoDeltas {
+    fn stack(&self, _: &VolumeInfo, _: &PageMap, _: &File, _: &File) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn file_name(&self, volume: &str) -> String {
+        volume.into()
+    }
+}
+
+struct Options {
+    image: Option<PathBuf>,
+    rounds: usize,
+    size: ByteCount,
+}
+
+fn main() -> Result<(), Failure> {
+    let options = parse();
+    let folder = tempfile::tempdir_in(".")?;
+    let made = folder.path().join("ram");
+    let image = match &options.image {
+        Some(path) => path,
+        None => {
+            ram::make(&made, options.size)?;
+            &made
+        }
+    };
+    let mut ours = (Vec::new(), Vec::new());
+    let mut theirs = (Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        ours.0.push(encode(image, folder.path())?);
+        theirs.0.push(zstd_encode(image, folder.path()));
+        ours.1.push(admit(folder.path())?);
+        theirs.1.push(zstd_decode(folder.path()));
+    }
+    report("encode", &mut ours.0, theirs.0);
+    report("admit", &mut ours.1, theirs.1);
+    println!("verify {:.3} s", timed(|| Ok(Savefile::open(&folder.path().join("ours"), None)?.verify(ReadBackend::Ring, &savefile::silent)?))?.as_secs_f64());
+    sizes(folder.path())
+}
+
+fn parse() -> Options {
+    let args: Vec<String> = std::env::args().collect();
+    let value = |name: &str| args.iter().position(|arg| arg == name).and_then(|at| args.get(at + 1));
+    let full = args.iter().any(|arg| arg == "--bench");
+    Options {
+        image: value("--image").map(PathBuf::from),
+        rounds: value("--rounds").and_then(|rounds| rounds.parse().ok()).unwrap_or(if full { 5 } else { 1 }),
+        size: ByteCount(if full { 1 << 30 } else { 4 << 20 }),
+    }
+}
+
+fn encode(image: &Path, folder: &Path) -> Result<Duration, Failure> {
+    let file = File::open(image)?;
+    let size = ByteCount(file.metadata()?.len());
+    let images = [ImageInput { id: ImageId::Memory, file: &file, size, scope: Scope::Whole }];
+    let state = DeviceState { kind: "bench".into(), version: 1, bytes: Vec::new() };
+    timed(|| {
+        savefile::write(&folder.join("ours"), &manifest(size), &state, &images, &savefile::silent)?;
+        Ok(())
+    })
+}
+
+fn admit(folder: &Path) -> Result<Duration, Failure> {
+    let (savefile, hot) = (folder.join("ours"), folder.join("hot"));
+    let root = savefile::peek(&savefile, None)?.root;
+    let took = timed(|| {
+        let image = HotImage::admit(&savefile, &root, &hot, &NoDeltas, ReadBackend::Ring, &savefile::silent)?;
+        // The engine does not sync a hot image, as it does not outlive the boot; its peer does, so it is synced here.
+        Ok(image.files.memory.sync_all()?)
+    });
+    HotImage::evict(&hot, &root)?;
+    took
+}
+
+fn zstd_encode(image: &Path, folder: &Path) -> Option<Duration> {
+    let zst = folder.join("theirs.zst");
+    fs::remove_file(&zst).ok();
+    let start = Instant::now();
+    run(Command::new("zstd").args(["-q", "-3", "-T0", "-o"]).arg(&zst).arg(image))?;
+    run(Command::new("b3sum").arg(&zst))?;
+    File::open(&zst).ok()?.sync_all().ok()?;
+    Some(start.elapsed())
+}
+
+fn zstd_decode(folder: &Path) -> Option<Duration> {
+    let (zst, raw) = (folder.join("theirs.zst"), folder.join("theirs"));
+    fs::remove_file(&raw).ok();
+    let start = Instant::now();
+    run(Command::new("zstd").args(["-q", "-d", "-T0", "-o"]).arg(&raw).arg(&zst))?;
+    run(Command::new("b3sum").arg(&raw))?;
+    File::open(&raw).ok()?.sync_all().ok()?;
+    Some(start.elapsed())
+}
+
+fn run(command: &mut Command) -> Option<()> {
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status().ok()?;
+    status.success().then_some(())
+}
+
+fn timed(work: impl FnOnce() -> Result<(), Failure>) -> Result<Duration, Failure> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed())
+}
+
+fn report(what: &str, ours: &mut [Duration], theirs: Vec<Option<Duration>>) {
+    let ours = median(ours);
+    match theirs.into_iter().collect::<Option<Vec<_>>>().map(|mut theirs| median(&mut theirs)) {
+        Some(theirs) => println!("{what}: ours {ours:.3} s, zstd and b3sum {theirs:.3} s, {:.2} times as fast", theirs / ours),
+        None => println!("{what}: ours {ours:.3} s; zstd or b3sum is missing"),
+    }
+}
+
+fn median(times: &mut [Duration]) -> f64 {
+    times.sort();
+    times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
+}
+
+fn sizes(folder: &Path) -> Result<(), Failure> {
+    let ours = fs::metadata(folder.join("ours"))?.len();
+    match fs::metadata(folder.join("theirs.zst")) {
+        Ok(theirs) => println!("size: ours {ours}, zstd's {}, {:.3} of it", theirs.len(), ours as f64 / theirs.len() as f64),
+        Err(_) => println!("size: ours {ours}"),
+    }
+    Ok(())
+}
+
+fn manifest(size: ByteCount) -> Manifest {
+    let text = String::new;
+    let host = HostIdentity { kind: text(), version: text(), machine: text(), cpu_model: text(), accel: text() };
+    Manifest {
+        schema: savefile::SCHEMA,
+        template: text(),
+        template_generation: 1,
+        template_root: text(),
+        dvm: text(),
+        generation: 1,
+        kernel_hash: text(),
+        initrd_hash: text(),
+        host,
+        memory_bytes: size.0,
+        vcpus: 1,
+        volumes: Vec::new(),
+        settings_hash: text(),
+        agent_version: text(),
+        created: 0,
+        working_set: Vec::new(),
+    }
+}

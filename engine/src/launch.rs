@@ -1,0 +1,82 @@
+//! From a hot image (or, for want of one, a cold boot) to a clone that is somebody.
+//!
+//! [`restore`] and [`cold`] read as the list of their steps and end alike: a running domain whose agent has applied
+//! a fresh identity. If a step fails, dropping what the earlier ones made is the undo.
+
+use std::time::Duration;
+
+use crate::agent::{Agent, AgentError};
+use crate::build::BOOT_LIMIT;
+use crate::host::{AgentPipe, BootPurpose, Confinement, Domain, GuestSpec, Host, HostError};
+use crate::identity::Identity;
+use crate::image::hot::HotFiles;
+use crate::timeline::Timeline;
+
+/// How long the host may take to load a hot image; two orders of magnitude above the usual.
+pub const RESTORE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Why there is no clone.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The host's part failed.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The guest's part failed.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+/// A clone that runs under its own identity. Dropping it destroys it; see [`crate::close`] for the orderly end.
+pub struct Clone<A> {
+    /// Its domain.
+    pub domain: Box<dyn Domain>,
+    /// Its agent.
+    pub agent: A,
+}
+
+/// Restores a clone from `image` and gives it `identity`.
+pub fn restore<A: Agent>(
+    host: &dyn Host,
+    spec: &GuestSpec,
+    image: HotFiles,
+    confinement: &Confinement,
+    identity: &Identity,
+    connect: impl FnOnce(Box<dyn AgentPipe>) -> A,
+    timeline: &mut Timeline,
+) -> Result<Clone<A>, LaunchError> {
+    let mut domain = host.restore(spec, image, confinement)?;
+    timeline.mark("spawned");
+    let mut agent = connect(domain.agent()?);
+    domain.wait_running()?;
+    timeline.mark("restored");
+    become_somebody(&mut agent, identity, timeline)?;
+    Ok(Clone { domain, agent })
+}
+
+/// Boots a clone from its kernel and gives it `identity`.
+pub fn cold<A: Agent>(
+    host: &dyn Host,
+    spec: &GuestSpec,
+    confinement: &Confinement,
+    identity: &Identity,
+    connect: impl FnOnce(Box<dyn AgentPipe>) -> A,
+    timeline: &mut Timeline,
+) -> Result<Clone<A>, LaunchError> {
+    let mut domain = host.boot(spec, BootPurpose::Clone, confinement)?;
+    timeline.mark("spawned");
+    let mut agent = connect(domain.agent()?);
+    agent.ready(BOOT_LIMIT)?;
+    timeline.mark("booted");
+    become_somebody(&mut agent, identity, timeline)?;
+    Ok(Clone { domain, agent })
+}
+
+fn become_somebody(
+    agent: &mut impl Agent,
+    identity: &Identity,
+    timeline: &mut Timeline,
+) -> Result<(), AgentError> {
+    agent.identify(identity)?;
+    timeline.mark("identity");
+    agent.thaw()
+}
