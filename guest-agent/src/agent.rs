@@ -1,0 +1,290 @@
+//! The agent's loop: one thread, one poll over the port and everything that runs.
+//!
+//! Invariants:
+//! - Frames are handled in the order they come, each before the next is looked at. A control frame is answered before the next one is
+//!   handled, so an answer's arrival tells when its operation was over.
+//! - After a frame that breaks the protocol the host gets `Failed` without an operation, the connection's commands are killed, and the
+//!   rest of what had arrived is thrown away; the next bytes are taken for the start of a frame.
+//! - Idle, there is no timer: the agent sleeps in poll, so an idle clone's memory stays the template's.
+//! - A guest may be captured whenever it is frozen. The answer to `Freeze` is the last thing written before, so both directions are at a
+//!   frame's boundary when another host takes over.
+
+use std::fs;
+use std::io;
+use std::time::{Duration, Instant};
+
+use qrexec::{Decoder, GuestFrame, Hello, HostFrame, Identity, Op, ProtocolError, PROTOCOL};
+
+use crate::cgroup::Freezer;
+use crate::commands::Commands;
+use crate::errand::{Errand, Hook};
+use crate::failure::Failure;
+use crate::identity::Kit;
+use crate::outbox::{Outbox, FULL};
+use crate::place::Place;
+use crate::port::{Heard, Port};
+use crate::power;
+use crate::sys::{self, PollSlot};
+
+/// Bytes read at once.
+const READ_BYTES: usize = 64 << 10;
+
+/// The agent.
+pub struct Agent {
+    port: Port,
+    place: Place,
+    session: bool,
+    freezer: Result<Freezer, Failure>,
+    kit: Option<Kit>,
+    decoder: Decoder,
+    outbox: Outbox,
+    commands: Commands,
+    hook: Option<Result<Hook, Failure>>,
+    errand: Option<Errand>,
+    slots: Vec<PollSlot>,
+    buffer: Vec<u8>,
+}
+
+impl Agent {
+    /// An agent that talks over `port` and runs commands in `place`.
+    pub fn new(port: Port, place: Place, session: bool, freezer: Result<Freezer, Failure>) -> Self {
+        Self {
+            port,
+            place,
+            session,
+            freezer,
+            kit: None,
+            decoder: Decoder::new(),
+            outbox: Outbox::default(),
+            commands: Commands::default(),
+            hook: None,
+            errand: None,
+            slots: Vec::new(),
+            buffer: vec![0; READ_BYTES],
+        }
+    }
+
+    /// Serves one host after the other; returns when there can't be another.
+    pub fn run(&mut self) -> io::Result<()> {
+        loop {
+            self.greet();
+            while self.turn()? {}
+            self.drop_connection();
+            if !self.port.wait_for_host()? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits for something to happen and deals with it. `false`: the host is gone.
+    fn turn(&mut self) -> io::Result<bool> {
+        self.flush();
+        let mut slots = std::mem::take(&mut self.slots);
+        self.watch(&mut slots);
+        sys::poll(&mut slots, self.timeout_ms())?;
+        let mut ready = &slots[1..];
+        self.commands.serve(&mut ready, &mut self.outbox);
+        self.serve_errand(&mut ready);
+        let heard = slots[0].revents & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0;
+        self.slots = slots;
+        Ok(!heard || self.listen())
+    }
+
+    fn watch(&self, slots: &mut Vec<PollSlot>) {
+        let listen = if self.outbox.waiting() < FULL { libc::POLLIN } else { 0 };
+        let speak = if self.outbox.waiting() > 0 { libc::POLLOUT } else { 0 };
+        slots.clear();
+        slots.push(self.port.slot(listen | speak));
+        self.commands.watch(slots, &self.outbox);
+        if let Some(errand) = &self.errand {
+            errand.watch(slots);
+        }
+    }
+
+    fn timeout_ms(&self) -> Option<u32> {
+        let errand = self.errand.as_ref().and_then(Errand::deadline);
+        let deadline = self.commands.deadline().into_iter().chain(errand).min()?;
+        let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        Some(u32::try_from(left.as_millis()).unwrap_or(u32::MAX))
+    }
+
+    /// Reads once and handles what came. `false`: the host is gone.
+    fn listen(&mut self) -> bool {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let heard = self.port.read(&mut buffer);
+        if let Heard::Bytes(count) = heard {
+            if let Err(error) = self.handle_bytes(&buffer[..count]) {
+                self.protest(error);
+            }
+        }
+        self.buffer = buffer;
+        heard != Heard::Hangup
+    }
+
+    fn handle_bytes(&mut self, mut input: &[u8]) -> Result<(), ProtocolError> {
+        while let Some(raw) = self.decoder.next(&mut input)? {
+            self.handle(HostFrame::parse(raw)?)?;
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, frame: HostFrame) -> Result<(), ProtocolError> {
+        match frame {
+            HostFrame::Prerun(piece) => self.take_hook(&piece),
+            HostFrame::Settle => self.answer(Op::Settle, Self::settle),
+            HostFrame::Warm => self.send_on(Op::Warm, Ok(Errand::warm())),
+            HostFrame::Freeze => self.answer(Op::Freeze, Self::freeze),
+            HostFrame::Identify(identity) => self.answer(Op::Identify, |agent| agent.identify(&identity)),
+            HostFrame::Thaw => self.answer(Op::Thaw, Self::thaw),
+            HostFrame::Shutdown => self.shut_down(),
+            HostFrame::Ping(number) => self.outbox.push(&GuestFrame::Pong(number)),
+            HostFrame::Exec { stream, .. } => match self.thaw_place() {
+                Ok(()) => self.commands.handle(frame, &self.place, &mut self.outbox)?,
+                Err(failure) => self.fail(stream, Some(Op::Exec), failure),
+            },
+            other => self.commands.handle(other, &self.place, &mut self.outbox)?,
+        }
+        Ok(())
+    }
+
+    /// Stores a piece of the hook; the empty piece has it run. A failure is told once, at the end.
+    fn take_hook(&mut self, piece: &[u8]) {
+        let hook = self.hook.take().unwrap_or_else(Hook::new);
+        if piece.is_empty() {
+            return self.send_on(Op::Prerun, hook.and_then(Hook::run));
+        }
+        self.hook = Some(hook.and_then(|mut hook| hook.append(piece).map(|()| hook)));
+    }
+
+    /// Starts an errand, whose operation is answered when it is over.
+    fn send_on(&mut self, op: Op, errand: Result<Errand, Failure>) {
+        let started = self.alone().and(errand).and_then(|mut errand| {
+            errand.start(&self.place)?;
+            Ok(errand)
+        });
+        match started {
+            Ok(errand) => self.errand = Some(errand),
+            Err(failure) => self.fail(0, Some(op), failure),
+        }
+    }
+
+    fn serve_errand(&mut self, ready: &mut &[PollSlot]) {
+        let Some(errand) = &mut self.errand else { return };
+        let Some(result) = errand.serve(ready, &self.place) else { return };
+        let op = errand.op();
+        self.errand.take().into_iter().for_each(|mut errand| errand.abandon(&mut self.commands));
+        self.answer(op, |_| match op {
+            Op::Warm => result.and_then(|()| Kit::open()?.rehearse()),
+            _ => result,
+        });
+    }
+
+    fn freeze(&mut self) -> Result<(), Failure> {
+        self.alone()?;
+        if self.commands.any() {
+            return Err(Failure::ours("freeze", libc::EBUSY, "commands are running"));
+        }
+        self.kit = Some(Kit::open()?);
+        self.freezer()?.freeze()
+    }
+
+    /// With what was opened before the freeze; a guest that isn't frozen may have changed since, and opens it now.
+    fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
+        match &mut self.kit {
+            Some(kit) => kit.apply(identity),
+            None => Kit::open()?.apply(identity),
+        }
+    }
+
+    fn settle(&mut self) -> Result<(), Failure> {
+        self.alone()?;
+        let free_bytes = power::settle()?;
+        self.outbox.push(&GuestFrame::FreeMemory(free_bytes));
+        Ok(())
+    }
+
+    fn thaw(&mut self) -> Result<(), Failure> {
+        self.freezer()?.thaw()?;
+        self.kit = None;
+        Ok(())
+    }
+
+    /// Lets the group of commands run, if everything is frozen: a command need not wait for all the rest.
+    fn thaw_place(&mut self) -> Result<(), Failure> {
+        match (&mut self.freezer, self.place.top_cgroup()) {
+            (Ok(freezer), Some(name)) => freezer.thaw_group(name),
+            _ => Ok(()),
+        }
+    }
+
+    /// The answer goes first: there may be no time after. Frozen processes can't shut down.
+    fn shut_down(&mut self) {
+        let _ = self.freezer().and_then(|freezer| freezer.thaw());
+        self.outbox.push(&GuestFrame::Done(Op::Shutdown));
+        self.flush();
+        if let Err(failure) = power::shut_down() {
+            self.fail(0, Some(Op::Shutdown), failure);
+        }
+    }
+
+    /// No hook and no rehearsal is under way, and processes can run.
+    fn alone(&self) -> Result<(), Failure> {
+        if self.errand.is_some() {
+            return Err(Failure::ours("begin", libc::EBUSY, "a hook or a rehearsal is running"));
+        }
+        if self.freezer.as_ref().is_ok_and(Freezer::is_frozen) {
+            return Err(Failure::ours("begin", libc::EBUSY, "the guest is frozen"));
+        }
+        Ok(())
+    }
+
+    fn freezer(&mut self) -> Result<&mut Freezer, Failure> {
+        self.freezer.as_mut().map_err(|failure| failure.clone())
+    }
+
+    fn answer(&mut self, op: Op, run: impl FnOnce(&mut Self) -> Result<(), Failure>) {
+        match run(self) {
+            Ok(()) => self.outbox.push(&GuestFrame::Done(op)),
+            Err(failure) => self.fail(0, Some(op), failure),
+        }
+        self.flush();
+    }
+
+    fn fail(&mut self, stream: u32, op: Option<Op>, failure: Failure) {
+        self.outbox.push(&GuestFrame::Failed { stream, failed: failure.into_frame(op) });
+    }
+
+    fn protest(&mut self, error: ProtocolError) {
+        self.forget();
+        self.fail(0, None, Failure::ours("understand the host", libc::EPROTO, error.to_string()));
+    }
+
+    fn greet(&mut self) {
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        self.outbox.push(&GuestFrame::Hello(Hello {
+            protocol: PROTOCOL,
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel: kernel.trim_end().into(),
+            session: self.session,
+            frozen: self.freezer.as_ref().is_ok_and(Freezer::is_frozen),
+        }));
+    }
+
+    /// Errors of writing show as a hang-up when reading.
+    fn flush(&mut self) {
+        let port = &self.port;
+        let _ = self.outbox.flush(|bytes| port.write(bytes));
+    }
+
+    fn drop_connection(&mut self) {
+        self.forget();
+        self.outbox.clear();
+    }
+
+    fn forget(&mut self) {
+        self.commands.abandon();
+        self.errand.take().into_iter().for_each(|mut errand| errand.abandon(&mut self.commands));
+        self.hook = None;
+        self.decoder = Decoder::new();
+    }
+}

@@ -1,0 +1,335 @@
+//! One running command: its process, its three pipes, and their windows.
+//!
+//! Invariants:
+//! - Nothing here blocks. Whether the child became the command is told by its status pipe, its end by its pidfd.
+//! - A pipe is read only with credit from the host and room in the outbox: a stalled reader stalls the program, nothing else.
+//! - What waits for stdin is within the window granted to the host. A command that closed its stdin has the rest dropped and credited.
+//! - `Exited` is the last frame, after both ends of output. Output ends with EOF, or, when a background process keeps a pipe open,
+//!   once the command has exited and the pipes have been idle for [`LINGER`]: as sshd does, so that `daemon &` ends.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
+use qrexec::{kind, Exec, Exit, GuestFrame, Op, ProtocolError, ReceiveWindow, SendWindow};
+
+use crate::failure::{Failure, Step};
+use crate::outbox::{Outbox, Taken, ROOM};
+use crate::place::Place;
+use crate::sys::{self, PollSlot, CHILD_STEPS, STATUS_BYTES, STEP_EXEC};
+
+/// Slots of poll that each command has: status, end, stdin, stdout, stderr.
+pub const SLOTS: usize = 5;
+/// How long an ended command's idle pipes are kept for the processes it left behind.
+const LINGER: Duration = Duration::from_millis(100);
+
+/// A command.
+pub struct Command {
+    stream: u32,
+    pid: i32,
+    pidfd: OwnedFd,
+    status: Option<OwnedFd>,
+    stillborn: Option<(u8, i32)>,
+    stdin: Stdin,
+    stdout: Output,
+    stderr: Output,
+    exit: Option<Exit>,
+    last_activity: Instant,
+    abandoned: bool,
+}
+
+struct Stdin {
+    pipe: Option<OwnedFd>,
+    queue: VecDeque<u8>,
+    eof: bool,
+    window: ReceiveWindow,
+}
+
+struct Output {
+    pipe: Option<OwnedFd>,
+    kind: u16,
+    window: SendWindow,
+}
+
+impl Command {
+    /// Starts `exec`. `keep` stays open in it.
+    pub fn start(stream: u32, exec: Exec, place: &Place, keep: Option<&OwnedFd>) -> Result<Self, Failure> {
+        let [(stdin_theirs, stdin), (stdout, stdout_theirs), (stderr, stderr_theirs), (status, status_theirs)] =
+            [pipe()?, pipe()?, pipe()?, pipe()?];
+        for ours in [&stdin, &stdout, &stderr, &status] {
+            nix::fcntl::fcntl(ours.as_raw_fd(), nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+                .step(|| "set up a pipe")?;
+        }
+        let stdio = [stdin_theirs.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
+        let launch = place.launch(exec, stdio, keep.map(AsFd::as_fd), status_theirs.as_fd());
+        let (pid, pidfd) = sys::launch(&launch).step(|| "start a process")?;
+        Ok(Self {
+            stream,
+            pid,
+            pidfd,
+            status: Some(status),
+            stillborn: None,
+            stdin: Stdin {
+                pipe: Some(stdin),
+                queue: VecDeque::new(),
+                eof: false,
+                window: ReceiveWindow::default(),
+            },
+            stdout: Output { pipe: Some(stdout), kind: kind::STDOUT, window: SendWindow::default() },
+            stderr: Output { pipe: Some(stderr), kind: kind::STDERR, window: SendWindow::default() },
+            exit: None,
+            last_activity: Instant::now(),
+            abandoned: false,
+        })
+    }
+
+    /// The stream, as long as the host knows of the command.
+    pub fn stream(&self) -> Option<u32> {
+        (!self.abandoned).then_some(self.stream)
+    }
+
+    /// Kills it and forgets its pipes; nothing more is told of it, it only waits to be reaped.
+    pub fn abandon(&mut self) {
+        self.signal(libc::SIGKILL);
+        self.abandoned = true;
+        (self.status, self.stdin.pipe, self.stdout.pipe, self.stderr.pipe) = (None, None, None, None);
+        self.stdin.queue = VecDeque::new();
+    }
+
+    /// Signals its process group, unless it has ended.
+    pub fn signal(&self, signal: i32) {
+        if self.exit.is_none() {
+            sys::signal_group(self.pid, signal);
+        }
+    }
+
+    /// Bytes for its stdin.
+    pub fn stdin(&mut self, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
+        self.stdin.window.received(bytes.len())?;
+        if self.stdin.eof {
+            return Err(ProtocolError::Malformed { frame: "Stdin", what: "comes after StdinEof" });
+        }
+        let written = if self.stdin.queue.is_empty() { self.write_stdin(bytes, outbox) } else { 0 };
+        if self.stdin.pipe.is_some() {
+            self.stdin.queue.extend(&bytes[written..]);
+        } else {
+            self.consumed(bytes.len() - written, outbox);
+        }
+        Ok(())
+    }
+
+    /// The end of its stdin.
+    pub fn stdin_eof(&mut self) {
+        self.stdin.eof = true;
+        if self.stdin.queue.is_empty() {
+            self.stdin.pipe = None;
+        }
+    }
+
+    /// More of its stdout may be sent.
+    pub fn stdout_credit(&mut self, bytes: u32) -> Result<(), ProtocolError> {
+        self.stdout.window.credit(bytes)
+    }
+
+    /// More of its stderr may be sent.
+    pub fn stderr_credit(&mut self, bytes: u32) -> Result<(), ProtocolError> {
+        self.stderr.window.credit(bytes)
+    }
+
+    /// What it waits for.
+    pub fn slots(&self, room: bool) -> [PollSlot; SLOTS] {
+        let end = self.exit.is_none().then(|| self.pidfd.as_fd());
+        let stdin_events = if self.stdin.queue.is_empty() { 0 } else { libc::POLLOUT };
+        [
+            sys::slot(self.status.as_ref().map(AsFd::as_fd), libc::POLLIN),
+            sys::slot(end, libc::POLLIN),
+            sys::slot(self.stdin.pipe.as_ref().map(AsFd::as_fd), stdin_events),
+            self.stdout.slot(room),
+            self.stderr.slot(room),
+        ]
+    }
+
+    /// When it has to be looked at even if nothing happens: its pipes linger.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.lingers().then(|| self.last_activity + LINGER)
+    }
+
+    /// Does what it can do. `true`: it is over, and all has been told.
+    pub fn serve(&mut self, ready: &[PollSlot], outbox: &mut Outbox) -> bool {
+        let is_ready = |at: usize| ready.get(at).is_some_and(|slot| slot.revents != 0);
+        if is_ready(0) {
+            self.read_status();
+        }
+        if is_ready(1) {
+            self.reap();
+        }
+        if is_ready(2) {
+            self.drain_stdin(ready[2].revents, outbox);
+        }
+        for (at, output) in [(3, &mut self.stdout), (4, &mut self.stderr)] {
+            if is_ready(at) && output.pump(self.stream, outbox) {
+                self.last_activity = Instant::now();
+            }
+        }
+        if self.deadline().is_some_and(|deadline| Instant::now() >= deadline) {
+            self.stop_lingering(outbox);
+        }
+        self.finish(outbox)
+    }
+
+    fn read_status(&mut self) {
+        let Some(status) = self.status.take() else { return };
+        let mut report = [0; STATUS_BYTES];
+        if let Ok(STATUS_BYTES) = nix::unistd::read(status.as_raw_fd(), &mut report) {
+            let [step, e0, e1, e2, e3] = report;
+            self.stillborn = Some((step, i32::from_le_bytes([e0, e1, e2, e3])));
+        }
+    }
+
+    fn reap(&mut self) {
+        let Some(status) = sys::reap(self.pid) else { return };
+        self.exit = Some(match libc::WIFSIGNALED(status) {
+            true => Exit::Signal(libc::WTERMSIG(status) as u8),
+            false => Exit::Code(libc::WEXITSTATUS(status) as u8),
+        });
+        self.last_activity = Instant::now();
+    }
+
+    fn drain_stdin(&mut self, events: i16, outbox: &mut Outbox) {
+        if events & libc::POLLERR != 0 {
+            return self.stdin_closed(outbox);
+        }
+        let queue = std::mem::take(&mut self.stdin.queue);
+        let written = self.write_stdin(queue.as_slices().0, outbox);
+        self.stdin.queue = queue;
+        self.stdin.queue.drain(..written);
+        if self.stdin.pipe.is_none() {
+            self.drop_stdin(outbox);
+        } else if self.stdin.eof && self.stdin.queue.is_empty() {
+            self.stdin.pipe = None;
+        }
+    }
+
+    /// Writes what the pipe takes, and credits it.
+    fn write_stdin(&mut self, bytes: &[u8], outbox: &mut Outbox) -> usize {
+        let Some(pipe) = &self.stdin.pipe else { return 0 };
+        match nix::unistd::write(pipe, bytes) {
+            Ok(written) => {
+                self.consumed(written, outbox);
+                written
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => 0,
+            Err(_) => {
+                self.stdin_closed(outbox);
+                0
+            }
+        }
+    }
+
+    fn stdin_closed(&mut self, outbox: &mut Outbox) {
+        self.stdin.pipe = None;
+        let is_news = !self.stdin.eof && self.exit.is_none() && self.stillborn.is_none();
+        if is_news {
+            outbox.push(&GuestFrame::StdinClosed { stream: self.stream });
+        }
+        self.drop_stdin(outbox);
+    }
+
+    fn drop_stdin(&mut self, outbox: &mut Outbox) {
+        let dropped = std::mem::take(&mut self.stdin.queue).len();
+        self.consumed(dropped, outbox);
+    }
+
+    fn consumed(&mut self, count: usize, outbox: &mut Outbox) {
+        let credit = self.stdin.window.consumed(count);
+        if let Some(bytes) = credit.filter(|_| !self.stdin.eof) {
+            outbox.push(&GuestFrame::StdinCredit { stream: self.stream, bytes });
+        }
+    }
+
+    /// It has ended, and whatever keeps its pipes open may write more: neither lacks credit for that.
+    fn lingers(&self) -> bool {
+        let outputs = [&self.stdout, &self.stderr];
+        let open = outputs.iter().any(|output| output.pipe.is_some());
+        let stalled = outputs.iter().any(|output| output.pipe.is_some() && output.window.left() == 0);
+        self.exit.is_some() && open && !stalled
+    }
+
+    /// Closes pipes that are idle indeed: they could be read, and gave nothing.
+    fn stop_lingering(&mut self, outbox: &mut Outbox) {
+        self.last_activity = Instant::now();
+        let more = [&mut self.stdout, &mut self.stderr].map(|output| output.pump(self.stream, outbox));
+        if more == [false, false] && outbox.waiting() < ROOM {
+            self.stdout.close(self.stream, outbox);
+            self.stderr.close(self.stream, outbox);
+        }
+    }
+
+    fn finish(&mut self, outbox: &mut Outbox) -> bool {
+        let output_open = self.stdout.pipe.is_some() || self.stderr.pipe.is_some();
+        let Some(exit) = self.exit.filter(|_| self.status.is_none() && !output_open) else { return false };
+        if !self.abandoned {
+            outbox.push(&self.epitaph(exit));
+        }
+        true
+    }
+
+    fn epitaph(&self, exit: Exit) -> GuestFrame {
+        let stream = self.stream;
+        let exit = match self.stillborn {
+            None => exit,
+            Some((STEP_EXEC, errno @ (libc::ENOENT | libc::ENOTDIR))) => Exit::NotFound(errno as u32),
+            Some((STEP_EXEC, errno)) => Exit::NotExecutable(errno as u32),
+            Some((step, errno)) => {
+                let name = CHILD_STEPS.get(usize::from(step)).unwrap_or(&"unknown step");
+                let failure = Failure::system(*name, std::io::Error::from_raw_os_error(errno));
+                return GuestFrame::Failed { stream, failed: failure.into_frame(Some(Op::Exec)) };
+            }
+        };
+        GuestFrame::Exited { stream, exit }
+    }
+}
+
+impl Output {
+    fn slot(&self, room: bool) -> PollSlot {
+        let wanted = room && self.window.left() > 0;
+        sys::slot(self.pipe.as_ref().filter(|_| wanted).map(AsFd::as_fd), libc::POLLIN)
+    }
+
+    /// Takes one frame's worth. `true`: something came.
+    fn pump(&mut self, stream: u32, outbox: &mut Outbox) -> bool {
+        let Some(pipe) = &self.pipe else { return false };
+        if outbox.waiting() >= ROOM {
+            return false;
+        }
+        match outbox.take_from(pipe.as_fd(), self.kind, stream, self.window.left()) {
+            Taken::Bytes(count) => {
+                self.window.sent(count);
+                true
+            }
+            Taken::Nothing => false,
+            Taken::Eof => {
+                self.close(stream, outbox);
+                false
+            }
+        }
+    }
+
+    fn close(&mut self, stream: u32, outbox: &mut Outbox) {
+        if self.pipe.take().is_none() {
+            return;
+        }
+        outbox.push(&match self.kind {
+            kind::STDOUT => GuestFrame::StdoutEof { stream },
+            _ => GuestFrame::StderrEof { stream },
+        });
+    }
+}
+
+/// A pipe: (reading end, writing end), closed by exec.
+fn pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
+    pipe2(OFlag::O_CLOEXEC).step(|| "make a pipe")
+}

@@ -1,0 +1,116 @@
+//! The commands that run, by stream.
+//!
+//! Invariants: at most [`STREAMS_MAX`] at a time. Frames for a stream that is no more are ignored: they were under way when it ended.
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use qrexec::{Exec, GuestFrame, HostFrame, Op, ProtocolError, STREAMS_MAX};
+
+use crate::command::{Command, SLOTS};
+use crate::failure::Failure;
+use crate::outbox::{Outbox, ROOM};
+use crate::place::Place;
+use crate::sys::PollSlot;
+
+/// A table of commands.
+#[derive(Default)]
+pub struct Commands {
+    running: Vec<Command>,
+}
+
+impl Commands {
+    /// Does what a command's frame says; other frames are not for here.
+    pub fn handle(
+        &mut self,
+        frame: HostFrame,
+        place: &Place,
+        outbox: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        match frame {
+            HostFrame::Exec { stream, exec } => return self.start(stream, *exec, place, None, outbox),
+            HostFrame::Stdin { stream, bytes } => {
+                if let Some(command) = self.find(stream) {
+                    command.stdin(&bytes, outbox)?;
+                }
+            }
+            HostFrame::StdinEof { stream } => self.find(stream).into_iter().for_each(Command::stdin_eof),
+            HostFrame::StdoutCredit { stream, bytes } => {
+                self.find(stream).map_or(Ok(()), |command| command.stdout_credit(bytes))?;
+            }
+            HostFrame::StderrCredit { stream, bytes } => {
+                self.find(stream).map_or(Ok(()), |command| command.stderr_credit(bytes))?;
+            }
+            HostFrame::Signal { stream, signal } => {
+                self.find(stream).into_iter().for_each(|command| command.signal(signal.into()));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Starts a command; what keeps it from starting is told on its stream.
+    pub fn start(
+        &mut self,
+        stream: u32,
+        exec: Exec,
+        place: &Place,
+        keep: Option<&OwnedFd>,
+        outbox: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        if self.find(stream).is_some() {
+            return Err(ProtocolError::Malformed { frame: "Exec", what: "the stream is in use" });
+        }
+        let started = if self.running.len() < STREAMS_MAX {
+            Command::start(stream, exec, place, keep)
+        } else {
+            Err(Failure::ours("start a process", libc::EAGAIN, "64 commands are running"))
+        };
+        match started {
+            Ok(command) => self.running.push(command),
+            Err(failure) => {
+                outbox.push(&GuestFrame::Failed { stream, failed: failure.into_frame(Some(Op::Exec)) })
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the host waits for any.
+    pub fn any(&self) -> bool {
+        self.running.iter().any(|command| command.stream().is_some())
+    }
+
+    /// Kills all of them; they stay until they are reaped.
+    pub fn abandon(&mut self) {
+        self.running.iter_mut().for_each(Command::abandon);
+    }
+
+    /// Takes over what has been abandoned elsewhere, to reap it.
+    pub fn adopt(&mut self, others: &mut Self) {
+        self.running.append(&mut others.running);
+    }
+
+    /// Appends what they wait for.
+    pub fn watch(&self, slots: &mut Vec<PollSlot>, outbox: &Outbox) {
+        let room = outbox.waiting() < ROOM;
+        slots.extend(self.running.iter().flat_map(|command| command.slots(room)));
+    }
+
+    /// When they have to be looked at even if nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.running.iter().filter_map(Command::deadline).min()
+    }
+
+    /// Serves all, with the slots that [`watch`](Self::watch) appended, and takes the slots off the front of `ready`.
+    pub fn serve(&mut self, ready: &mut &[PollSlot], outbox: &mut Outbox) {
+        self.running.retain_mut(|command| {
+            let (slots, rest) = ready.split_at(SLOTS.min(ready.len()));
+            *ready = rest;
+            !command.serve(slots, outbox)
+        });
+    }
+
+    fn find(&mut self, stream: u32) -> Option<&mut Command> {
+        self.running.iter_mut().find(|command| command.stream() == Some(stream))
+    }
+}

@@ -1,0 +1,27 @@
+//! The static binary inside every guest: it captures nothing and launches nothing, but everything that happens in the guest for it
+//! happens here.
+//!
+//! Invariants: one thread and one poll loop; no bytes of the host panic it or make it hang; it is alone in its cgroup, so it can
+//! freeze everything else and go on itself.
+//!
+//! Files in reading order: `main` (the two lives: the session's and the agent's), `session`, `place` and `account` (where commands
+//! run), `cgroup` (the freezer), `port`, `agent` (the loop), `commands`, `command`, `outbox` (what runs), `errand` (prerun and
+//! rehearsal), `identity`, `power`, `sys` (all unsafe code).
+
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("the structures in sys.rs are those of 64-bit kernels");
+
+pub mod account;
+pub mod agent;
+pub mod cgroup;
+mod command;
+mod commands;
+mod errand;
+pub mod failure;
+mod identity;
+mod outbox;
+pub mod place;
+pub mod port;
+mod power;
+pub mod session;
+pub mod sys;

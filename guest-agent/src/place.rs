@@ -1,0 +1,143 @@
+//! Where commands run: whose they are, with which environment, in which cgroup.
+//!
+//! Invariants: all of it is read before the guest is frozen. A command's cgroup is never the agent's own, so a freeze stops it too.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use qrexec::{Exec, User};
+
+use crate::account::Account;
+use crate::cgroup::{self, ROOT};
+use crate::failure::{Failure, Step};
+use crate::session::{self, Session};
+use crate::sys::{c_string, CStrings, Launch};
+
+/// The cgroup of commands when there is no session's to join.
+const FALLBACK_CGROUP: &str = "dispvm-commands";
+const DEFAULT_PATH: &[u8] = b"/usr/local/bin:/usr/bin:/bin";
+
+/// Where commands run.
+pub struct Place {
+    user: Account,
+    root: Account,
+    user_env: Vec<(Vec<u8>, Vec<u8>)>,
+    cgroup: Option<OwnedFd>,
+    top_cgroup: Option<String>,
+    changes_user: bool,
+    resets_oom: bool,
+}
+
+impl Place {
+    /// In the session; without one, as the user in a cgroup of its own.
+    pub fn in_session(session: Option<&Session>) -> Result<Self, Failure> {
+        let etc = Path::new("/etc");
+        let user = Account::of(session::UID, etc);
+        let user_env = session.map_or_else(|| user.login_env(), |session| session.env.clone());
+        let path = match session {
+            Some(session) => cgroup::of_process(&session.pid.to_string())?,
+            None => String::new(),
+        };
+        let path = if can_hold_commands(&path)? { path } else { format!("/{FALLBACK_CGROUP}") };
+        let folder = Path::new(ROOT).join(path.trim_start_matches('/'));
+        fs::create_dir_all(&folder).step(|| format!("make {}", folder.display()))?;
+        let cgroup = File::open(&folder).step(|| format!("open {}", folder.display()))?;
+        Ok(Self {
+            user,
+            root: Account::of(0, etc),
+            user_env,
+            cgroup: Some(cgroup.into()),
+            top_cgroup: cgroup::top(&path).map(String::from),
+            changes_user: true,
+            resets_oom: is_protected(),
+        })
+    }
+
+    /// As this process itself, whoever it is and wherever it runs.
+    pub fn here() -> Self {
+        let account = Account::of(nix::unistd::getuid().as_raw(), Path::new("/etc"));
+        Self {
+            user_env: account.login_env(),
+            user: account.clone(),
+            root: account,
+            cgroup: None,
+            top_cgroup: None,
+            changes_user: false,
+            resets_oom: false,
+        }
+    }
+
+    /// The top-level cgroup that must not be frozen for a command to start.
+    pub fn top_cgroup(&self) -> Option<&str> {
+        self.top_cgroup.as_deref()
+    }
+
+    /// All that a child needs to become `exec`.
+    pub fn launch<'a>(
+        &'a self,
+        exec: Exec,
+        stdio: [BorrowedFd<'a>; 3],
+        keep: Option<BorrowedFd<'a>>,
+        status: BorrowedFd<'a>,
+    ) -> Launch<'a> {
+        let (account, mut env) = match exec.user {
+            User::User => (&self.user, self.user_env.clone()),
+            User::Root => (&self.root, self.root.login_env()),
+        };
+        env.retain(|(key, _)| exec.env.iter().all(|(other, _)| key != other));
+        env.extend(exec.env);
+        let path = env.iter().find(|(key, _)| key == b"PATH").map_or(DEFAULT_PATH, |(_, value)| value);
+        let folders = match exec.cwd {
+            Some(folder) => vec![c_string(folder)],
+            None => vec![c_string(account.home.clone().into()), c_string(b"/".to_vec())],
+        };
+        Launch {
+            candidates: candidates(&exec.argv[0], path).into_iter().map(c_string).collect(),
+            argv: CStrings::new(exec.argv),
+            env: CStrings::new(env.into_iter().map(|(key, value)| [key, value].join(&b'='))),
+            folders,
+            become_user: self.changes_user.then(|| (account.uid, account.gid, account.groups.clone())),
+            stdio,
+            keep,
+            resets_oom: self.resets_oom,
+            cgroup: self.cgroup.as_ref().map(AsFd::as_fd),
+            status,
+        }
+    }
+}
+
+/// Whether whoever started the agent asked the OOM killer to spare it.
+fn is_protected() -> bool {
+    fs::read_to_string("/proc/self/oom_score_adj").is_ok_and(|score| score.trim_end() != "0")
+}
+
+/// Whether commands started in this cgroup would be frozen with the rest: not in the root, which can't be frozen, not in the agent's own.
+fn can_hold_commands(path: &str) -> Result<bool, Failure> {
+    let own = cgroup::of_process("self")?;
+    Ok(cgroup::top(path).is_some_and(|name| cgroup::top(&own) != Some(name)))
+}
+
+/// The paths at which a command may be, in the order of PATH.
+fn candidates(name: &[u8], path: &[u8]) -> Vec<Vec<u8>> {
+    if name.contains(&b'/') {
+        return vec![name.to_vec()];
+    }
+    let folders =
+        path.split(|byte| *byte == b':').map(|folder| if folder.is_empty() { b"." } else { folder });
+    folders.map(|folder| [folder, name].join(&b'/')).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::candidates;
+
+    #[test]
+    fn commands_are_looked_up_in_path() {
+        assert_eq!(
+            candidates(b"cat", b"/bin::/b"),
+            [b"/bin/cat".to_vec(), b"./cat".to_vec(), b"/b/cat".to_vec()]
+        );
+        assert_eq!(candidates(b"./cat", b"/bin"), [b"./cat".to_vec()]);
+    }
+}
