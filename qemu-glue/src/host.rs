@@ -1,0 +1,229 @@
+//! [`QemuHost`]: boots and restores guests.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use engine::host::{BootPurpose, Confinement, Domain, GuestSpec, Host, HostError, HostFacts, Nic, VolumeSpec};
+use engine::image::hot::{HotFiles, StackDelta};
+use engine::savefile::{PageMap, VolumeInfo};
+use engine::units::ByteCount;
+use nix::fcntl::{fcntl, FcntlArg, SealFlag};
+use serde_json::json;
+
+use crate::domain::{Overlay, QemuDomain};
+use crate::plan::{self, Link, Memory, Plan, Start, VolumeFds, MACHINE};
+use crate::probe::Qemu;
+use crate::process::{memfd, Launch, Process};
+use crate::qcow2;
+use crate::qmp::Qmp;
+use crate::swap::{self, SwapGuard};
+use crate::sys;
+
+/// What a guest's QEMU takes beside the guest's memory and volumes, for the lock limit: code, heap, translated code.
+const QEMU_OWN_BYTES: u64 = 2 << 30;
+
+/// This machine's QEMU.
+pub struct QemuHost {
+    qemu: Qemu,
+    facts: HostFacts,
+}
+
+impl QemuHost {
+    /// With a QEMU that has been probed.
+    pub fn new(qemu: Qemu) -> QemuHost {
+        let facts = HostFacts {
+            kind: "qemu".to_owned(),
+            version: qemu.version.clone(),
+            machine: MACHINE.to_owned(),
+            cpu_model: qemu.accel.cpu_model().to_owned(),
+            accel: qemu.accel.name().to_owned(),
+        };
+        QemuHost { qemu, facts }
+    }
+}
+
+impl StackDelta for QemuHost {
+    fn file_name(&self, volume: &str) -> String {
+        format!("{volume}.qcow2")
+    }
+
+    fn stack(&self, volume: &VolumeInfo, map: &PageMap, raw: &File, out: &File) -> io::Result<()> {
+        qcow2::write_delta(out, ByteCount(volume.virtual_bytes), map, raw)
+    }
+}
+
+impl Host for QemuHost {
+    fn facts(&self) -> &HostFacts {
+        &self.facts
+    }
+
+    fn boot(
+        &self,
+        spec: &GuestSpec,
+        purpose: BootPurpose,
+        confinement: &Confinement,
+    ) -> Result<Box<dyn Domain>, HostError> {
+        let memory = shared_memory(spec.memory)?;
+        let (kernel, initrd) = (open_base(&spec.kernel)?, open_base(&spec.initrd)?);
+        let start = Start::Boot { kernel: kernel.as_raw_fd(), initrd: initrd.as_raw_fd() };
+        let nic = match purpose {
+            BootPurpose::Capture => &Nic::None,
+            BootPurpose::Clone => &spec.nic,
+        };
+        let files = Files { memory: &memory, deltas: Vec::new(), further: vec![kernel, initrd] };
+        let mut domain = self.start(spec, Memory::Shared, files, nic, start, confinement)?;
+        domain.memory = (purpose == BootPurpose::Capture).then_some(memory);
+        domain.running = true;
+        Ok(Box::new(domain))
+    }
+
+    fn restore(
+        &self,
+        spec: &GuestSpec,
+        image: HotFiles,
+        confinement: &Confinement,
+    ) -> Result<Box<dyn Domain>, HostError> {
+        let memory = match self.qemu.maps_read_only() {
+            true => Memory::PrivateReadOnly,
+            false => Memory::PrivateCaught,
+        };
+        let files = Files { memory: &image.memory, deltas: image.deltas, further: vec![image.device_state] };
+        let state = files.further[0].as_raw_fd();
+        let mut domain = self.start(spec, memory, files, &spec.nic, Start::Incoming, confinement)?;
+        load_state(&mut domain.qmp, state).map_err(HostError::io("load the device state"))?;
+        Ok(Box::new(domain))
+    }
+}
+
+/// What a guest is started from, kept open until QEMU has it.
+struct Files<'a> {
+    memory: &'a File,
+    /// By volume name.
+    deltas: Vec<(String, File)>,
+    further: Vec<File>,
+}
+
+impl QemuHost {
+    fn start(
+        &self,
+        spec: &GuestSpec,
+        memory: Memory,
+        files: Files<'_>,
+        nic: &Nic,
+        start: Start,
+        confinement: &Confinement,
+    ) -> Result<QemuDomain, HostError> {
+        let step = "start QEMU";
+        let bytes_max =
+            spec.memory.0 + QEMU_OWN_BYTES + spec.volumes.len() as u64 * confinement.volume_memory_max.0;
+        let guard = swap::guard(bytes_max, self.qemu.locks_on_fault())?;
+        let (qmp, qmp_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
+        let (agent, agent_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
+        let overlays = spec.volumes.iter().map(|volume| overlay(volume, confinement)).collect::<Result<Vec<_>, _>>()?;
+        let bases = spec.volumes.iter().map(open_volume_base).collect::<Result<Vec<_>, _>>()?;
+        let (link, tap) = open_link(nic)?;
+
+        let volumes: Vec<VolumeFds> = overlays
+            .iter()
+            .zip(&bases)
+            .map(|(overlay, base)| VolumeFds {
+                name: overlay.volume.clone(),
+                overlay: overlay.file.as_raw_fd(),
+                delta: files.deltas.iter().find(|(name, _)| *name == overlay.volume).map(|(_, f)| f.as_raw_fd()),
+                base: base.as_ref().map(AsRawFd::as_raw_fd),
+            })
+            .collect();
+        let mut inherit: Vec<RawFd> = vec![files.memory.as_raw_fd(), qmp_theirs.as_raw_fd(), agent_theirs.as_raw_fd()];
+        inherit.extend(volumes.iter().flat_map(|volume| [Some(volume.overlay), volume.delta, volume.base]).flatten());
+        inherit.extend(files.further.iter().map(AsRawFd::as_raw_fd));
+        inherit.extend(tap.as_ref().map(AsRawFd::as_raw_fd));
+        let lock_on_fault = guard == SwapGuard::LockOnFault;
+        let arguments = plan::arguments(&Plan {
+            spec,
+            accel: self.qemu.accel,
+            cpu_model: &self.facts.cpu_model,
+            memory,
+            memory_fd: files.memory.as_raw_fd(),
+            lock_on_fault,
+            qmp: qmp_theirs.as_raw_fd(),
+            agent: agent_theirs.as_raw_fd(),
+            volumes: &volumes,
+            link,
+            start,
+        });
+        let process = Process::start(Launch {
+            program: &self.qemu.path,
+            arguments,
+            accel: self.qemu.accel,
+            inherit,
+            slot: confinement.slot,
+            lock_limit: (lock_on_fault && nix::unistd::geteuid().is_root()).then_some(nix::libc::RLIM_INFINITY),
+            catch_memory_open: (memory == Memory::PrivateCaught).then_some(files.memory),
+        })
+        .map_err(HostError::io(step))?;
+        let qmp = Qmp::start(qmp).map_err(HostError::io(step))?;
+        Ok(QemuDomain {
+            process,
+            qmp,
+            agent: Some(agent),
+            memory: None,
+            memory_size: spec.memory,
+            overlays,
+            confinement: confinement.clone(),
+            version: self.qemu.number(),
+            running: false,
+        })
+    }
+}
+
+/// Asks for the device state to be loaded, without waiting: QEMU is still starting.
+fn load_state(qmp: &mut Qmp, state: RawFd) -> io::Result<()> {
+    let capabilities = json!([{ "capability": "x-ignore-shared", "state": true }]);
+    qmp.post("migrate-set-capabilities", json!({ "capabilities": capabilities })).map_err(io::Error::other)?;
+    qmp.post("migrate-incoming", json!({ "uri": format!("fd:{state}") })).map_err(io::Error::other)
+}
+
+/// Guest memory that we can read when the guest has stopped.
+fn shared_memory(size: ByteCount) -> Result<File, HostError> {
+    let step = "make guest memory";
+    let file = memfd("guest-memory").map_err(HostError::io(step))?;
+    file.set_len(size.0).map_err(HostError::io(step))?;
+    Ok(file)
+}
+
+/// An empty overlay in memory which cannot grow past the limit: a write beyond it fails, and QEMU stops the guest.
+fn overlay(volume: &VolumeSpec, confinement: &Confinement) -> Result<Overlay, HostError> {
+    let step = "make an overlay";
+    let file = memfd("overlay").map_err(HostError::io(step))?;
+    qcow2::write_empty(&file, volume.size).map_err(HostError::io(step))?;
+    let len = file.metadata().map_err(HostError::io(step))?.len();
+    file.set_len(len + confinement.volume_memory_max.0).map_err(HostError::io(step))?;
+    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(file.as_raw_fd(), FcntlArg::F_ADD_SEALS(seals)).map_err(|error| HostError::Io { step, source: error.into() })?;
+    Ok(Overlay { volume: volume.name.clone(), size: volume.size, file, spilled: false })
+}
+
+fn open_volume_base(volume: &VolumeSpec) -> Result<Option<File>, HostError> {
+    volume.base.as_deref().map(open_base).transpose()
+}
+
+fn open_base(path: &Path) -> Result<File, HostError> {
+    File::open(path).map_err(|source| HostError::Io {
+        step: "open a volume's base, the kernel or the initrd",
+        source: io::Error::new(source.kind(), format!("{}: {source}", path.display())),
+    })
+}
+
+fn open_link(nic: &Nic) -> Result<(Link, Option<OwnedFd>), HostError> {
+    match nic {
+        Nic::None => Ok((Link::Nowhere, None)),
+        Nic::User => Ok((Link::User, None)),
+        Nic::Tap(name) => {
+            let tap = sys::open_tap(name).map_err(HostError::io("open the tap interface"))?;
+            Ok((Link::Tap(tap.as_raw_fd()), Some(tap)))
+        }
+    }
+}

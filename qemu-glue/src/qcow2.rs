@@ -1,0 +1,343 @@
+//! The little of qcow2 (version 3, QEMU's docs/interop/qcow2.txt) that overlays and deltas need.
+//!
+//! Invariants:
+//! - Clusters are one guest page (4 KiB): a delta then holds exactly the pages of its page map, and a clone that
+//!   writes 4 KiB copies nothing from the base.
+//! - Files made here carry no backing file name: QEMU is told the chain by node, so no path in a file is ever followed.
+//! - What is read back was written by a QEMU whose guest may be hostile: every offset is checked before it is used.
+//!
+//! Layout of a file made here, in clusters: header · refcount table · L1 table · refcount blocks · L2 tables · data.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use engine::savefile::{Content, PageMap};
+use engine::units::{ByteCount, PageCount, PageIndex, PageRange, PAGE_SIZE};
+
+const CLUSTER_BITS: u32 = 12;
+const CLUSTER: u64 = 1 << CLUSTER_BITS;
+/// Entries of 8 bytes in one table cluster.
+const ENTRIES: u64 = CLUSTER / 8;
+/// Refcounts of 16 bits in one refcount block.
+const REFCOUNTS: u64 = CLUSTER / 2;
+/// Header of version 3 without additional fields; an end-of-extensions marker of 8 zero bytes follows.
+const HEADER_BYTES: u32 = 104;
+/// "Exactly one reference": set in every table entry written here.
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// The largest volume: 16 TiB would need an L1 table of 64 MiB, the most QEMU takes is 32 MiB.
+pub const VOLUME_BYTES_MAX: u64 = 4 << 40;
+
+const _: () = assert!(CLUSTER == PAGE_SIZE);
+
+/// Writes an empty overlay of a volume of `size` bytes into `file`, which must be empty.
+pub fn write_empty(file: &File, size: ByteCount) -> io::Result<()> {
+    write_image(file, size, &[], |_, _| Ok(()))
+}
+
+/// Writes a delta: the pages of `map`, whose data stands in `raw` at the volume's own offsets, into the empty `file`.
+pub fn write_delta(file: &File, size: ByteCount, map: &PageMap, raw: &File) -> io::Result<()> {
+    let runs: Vec<Run> = map
+        .runs()
+        .iter()
+        .map(|run| Run {
+            first: run.pages.first.0,
+            pages: run.pages.count.0,
+            data: matches!(run.content, Content::Data(_)),
+        })
+        .collect();
+    write_image(file, size, &runs, |from, to| copy_range(raw, from.first * CLUSTER, file, to, from.pages * CLUSTER))
+}
+
+/// Pages `first .. first + pages` of the volume, all data or all zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    first: u64,
+    pages: u64,
+    data: bool,
+}
+
+/// Where everything of an image goes, in clusters.
+struct Layout {
+    l1_entries: u64,
+    refcount_table: u64,
+    refcount_table_clusters: u64,
+    l1: u64,
+    refcount_blocks: u64,
+    refcount_block_count: u64,
+    l2: u64,
+    /// Indices into the L1 table which have an L2 table, ascending.
+    l2_used: Vec<u64>,
+    data: u64,
+    total: u64,
+}
+
+impl Layout {
+    fn plan(size: u64, runs: &[Run]) -> io::Result<Layout> {
+        if size == 0 || size > VOLUME_BYTES_MAX || size % PAGE_SIZE != 0 {
+            return Err(invalid(format!("a volume of {size} bytes")));
+        }
+        let volume_pages = size / CLUSTER;
+        let l1_entries = volume_pages.div_ceil(ENTRIES);
+        let mut l2_used: Vec<u64> = Vec::new();
+        let mut data_pages = 0u64;
+        for run in runs {
+            let end = run.first.checked_add(run.pages).filter(|end| *end <= volume_pages);
+            let end = end.ok_or_else(|| invalid(format!("pages {}+{} beyond the volume", run.first, run.pages)))?;
+            if run.pages == 0 {
+                continue;
+            }
+            let already = l2_used.last().map_or(0, |last| last + 1);
+            l2_used.extend((run.first / ENTRIES).max(already)..=(end - 1) / ENTRIES);
+            data_pages += if run.data { run.pages } else { 0 };
+        }
+        let l1_clusters = l1_entries.div_ceil(ENTRIES);
+        let fixed = 1 + l1_clusters + l2_used.len() as u64 + data_pages;
+        let (refcount_table_clusters, refcount_block_count) = refcount_clusters(fixed);
+        let l1 = 1 + refcount_table_clusters;
+        let refcount_blocks = l1 + l1_clusters;
+        let l2 = refcount_blocks + refcount_block_count;
+        let data = l2 + l2_used.len() as u64;
+        Ok(Layout {
+            l1_entries,
+            refcount_table: 1,
+            refcount_table_clusters,
+            l1,
+            refcount_blocks,
+            refcount_block_count,
+            l2,
+            l2_used,
+            data,
+            total: data + data_pages,
+        })
+    }
+}
+
+/// Clusters of the refcount table and number of refcount blocks for a file of `other` clusters beside them.
+fn refcount_clusters(other: u64) -> (u64, u64) {
+    let (mut table, mut blocks) = (1, 1);
+    loop {
+        let needed_blocks = (other + table + blocks).div_ceil(REFCOUNTS);
+        let needed_table = needed_blocks.div_ceil(ENTRIES);
+        if (needed_table, needed_blocks) == (table, blocks) {
+            return (table, blocks);
+        }
+        (table, blocks) = (needed_table.max(table), needed_blocks.max(blocks));
+    }
+}
+
+fn write_image(
+    file: &File,
+    size: ByteCount,
+    runs: &[Run],
+    mut copy: impl FnMut(&Run, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let layout = Layout::plan(size.0, runs)?;
+    file.set_len(layout.total * CLUSTER)?;
+    file.write_all_at(&header(size.0, &layout), 0)?;
+
+    let blocks = (0..layout.refcount_block_count).map(|i| (layout.refcount_blocks + i) * CLUSTER);
+    file.write_all_at(&be64(blocks), layout.refcount_table * CLUSTER)?;
+    let ones: Vec<u8> = std::iter::repeat_n([0u8, 1], layout.total as usize).flatten().collect();
+    file.write_all_at(&ones, layout.refcount_blocks * CLUSTER)?;
+
+    for (nth, index) in layout.l2_used.iter().enumerate() {
+        let entry = ((layout.l2 + nth as u64) * CLUSTER) | COPIED;
+        file.write_all_at(&entry.to_be_bytes(), layout.l1 * CLUSTER + index * 8)?;
+    }
+
+    let mut data = layout.data;
+    for run in runs {
+        let first_data = data;
+        write_l2_entries(file, &layout, run, first_data)?;
+        if run.data {
+            copy(run, first_data * CLUSTER)?;
+            data += run.pages;
+        }
+    }
+    Ok(())
+}
+
+/// The L2 entries of one run, table by table.
+fn write_l2_entries(file: &File, layout: &Layout, run: &Run, first_data: u64) -> io::Result<()> {
+    let mut page = run.first;
+    let end = run.first + run.pages;
+    while page < end {
+        let stop = end.min((page / ENTRIES + 1) * ENTRIES);
+        let nth = layout
+            .l2_used
+            .binary_search(&(page / ENTRIES))
+            .map_err(|_| invalid(format!("page {page} has no table")))? as u64;
+        let entries = (page..stop).map(|p| match run.data {
+            true => ((first_data + p - run.first) * CLUSTER) | COPIED,
+            false => ZERO,
+        });
+        file.write_all_at(&be64(entries), (layout.l2 + nth) * CLUSTER + (page % ENTRIES) * 8)?;
+        page = stop;
+    }
+    Ok(())
+}
+
+fn header(size: u64, layout: &Layout) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_BYTES as usize + 8);
+    bytes.extend(b"QFI\xfb");
+    bytes.extend(3u32.to_be_bytes());
+    bytes.extend(0u64.to_be_bytes()); // no backing file name
+    bytes.extend(0u32.to_be_bytes());
+    bytes.extend(CLUSTER_BITS.to_be_bytes());
+    bytes.extend(size.to_be_bytes());
+    bytes.extend(0u32.to_be_bytes()); // not encrypted
+    bytes.extend((layout.l1_entries as u32).to_be_bytes());
+    bytes.extend((layout.l1 * CLUSTER).to_be_bytes());
+    bytes.extend((layout.refcount_table * CLUSTER).to_be_bytes());
+    bytes.extend((layout.refcount_table_clusters as u32).to_be_bytes());
+    bytes.extend(0u32.to_be_bytes()); // no snapshots
+    bytes.extend(0u64.to_be_bytes());
+    bytes.extend([0u8; 24]); // no incompatible, compatible or autoclear features
+    bytes.extend(4u32.to_be_bytes()); // refcounts of 1 << 4 bits
+    bytes.extend(HEADER_BYTES.to_be_bytes());
+    bytes.extend([0u8; 8]); // end of header extensions
+    bytes
+}
+
+/// Reads back which pages of an overlay were written, and copies the data ones into `raw` at their own offsets.
+/// `file` must have been made by [`write_empty`]; `raw` must be empty and becomes a sparse file of the volume's size.
+pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<PageRange>> {
+    let file_bytes = file.metadata()?.len();
+    let mut head = [0u8; HEADER_BYTES as usize];
+    read_at(file, &mut head, 0, file_bytes)?;
+    if &head[..4] != b"QFI\xfb" || be32_at(&head, 4) != 3 || be32_at(&head, 20) != CLUSTER_BITS {
+        return Err(invalid("not a qcow2 overlay of this engine".to_owned()));
+    }
+    if be64_at(&head, 24) != size.0 {
+        return Err(invalid(format!("made for {} bytes, not {}", be64_at(&head, 24), size.0)));
+    }
+    raw.set_len(size.0)?;
+    let volume_pages = size.0 / CLUSTER;
+    let l1_entries = volume_pages.div_ceil(ENTRIES);
+    let l1_offset = be64_at(&head, 40);
+    let mut l1 = vec![0u8; (l1_entries * 8) as usize];
+    read_at(file, &mut l1, l1_offset, file_bytes)?;
+
+    let mut changes = Changes::default();
+    let mut l2 = vec![0u8; CLUSTER as usize];
+    for (index, entry) in l1.chunks_exact(8).map(|bytes| be64_at(bytes, 0)).enumerate() {
+        if entry & OFFSET_MASK == 0 {
+            continue;
+        }
+        read_at(file, &mut l2, entry & OFFSET_MASK, file_bytes)?;
+        let first = index as u64 * ENTRIES;
+        for (nth, entry) in l2.chunks_exact(8).map(|bytes| be64_at(bytes, 0)).enumerate() {
+            let page = first + nth as u64;
+            let offset = entry & OFFSET_MASK;
+            if entry & COMPRESSED != 0 || (entry != 0 && page >= volume_pages) {
+                return Err(invalid(format!("entry {entry:#x} for page {page}")));
+            }
+            if entry & ZERO != 0 {
+                changes.zero(page);
+            } else if offset != 0 {
+                if offset % CLUSTER != 0 || offset > file_bytes.saturating_sub(CLUSTER) {
+                    return Err(invalid(format!("page {page} at {offset:#x}, beyond the file")));
+                }
+                changes.data(page, offset, |run| {
+                    copy_range(file, run.offset, raw, run.page * CLUSTER, run.pages * CLUSTER)
+                })?;
+            }
+        }
+    }
+    changes.finish(|run| copy_range(file, run.offset, raw, run.page * CLUSTER, run.pages * CLUSTER))
+}
+
+/// A run of data pages which is contiguous on both sides.
+#[derive(Debug, Clone, Copy)]
+struct Contiguous {
+    page: u64,
+    pages: u64,
+    offset: u64,
+}
+
+/// Collects changed pages into ranges, and data pages into the longest contiguous copies.
+#[derive(Default)]
+struct Changes {
+    ranges: Vec<PageRange>,
+    pending: Option<Contiguous>,
+}
+
+impl Changes {
+    fn zero(&mut self, page: u64) {
+        self.touch(page);
+    }
+
+    fn data(
+        &mut self,
+        page: u64,
+        offset: u64,
+        copy: impl FnOnce(Contiguous) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.touch(page);
+        match &mut self.pending {
+            Some(run) if run.page + run.pages == page && run.offset + run.pages * CLUSTER == offset => run.pages += 1,
+            pending => {
+                if let Some(run) = pending.replace(Contiguous { page, pages: 1, offset }) {
+                    copy(run)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn touch(&mut self, page: u64) {
+        match self.ranges.last_mut() {
+            Some(range) if range.end() == PageIndex(page) => range.count = PageCount(range.count.0 + 1),
+            _ => self.ranges.push(PageRange::new(page, 1)),
+        }
+    }
+
+    fn finish(mut self, copy: impl FnOnce(Contiguous) -> io::Result<()>) -> io::Result<Vec<PageRange>> {
+        if let Some(run) = self.pending.take() {
+            copy(run)?;
+        }
+        Ok(self.ranges)
+    }
+}
+
+/// Copies `bytes` bytes through a bounded buffer.
+fn copy_range(from: &File, mut from_offset: u64, to: &File, mut to_offset: u64, bytes: u64) -> io::Result<()> {
+    const BUFFER: u64 = 1 << 20;
+    let mut buffer = vec![0u8; bytes.min(BUFFER) as usize];
+    let mut left = bytes;
+    while left > 0 {
+        let part = &mut buffer[..left.min(BUFFER) as usize];
+        from.read_exact_at(part, from_offset)?;
+        to.write_all_at(part, to_offset)?;
+        let count = part.len() as u64;
+        (from_offset, to_offset, left) = (from_offset + count, to_offset + count, left - count);
+    }
+    Ok(())
+}
+
+fn read_at(file: &File, buffer: &mut [u8], offset: u64, file_bytes: u64) -> io::Result<()> {
+    match offset.checked_add(buffer.len() as u64) {
+        Some(end) if end <= file_bytes => file.read_exact_at(buffer, offset),
+        _ => Err(invalid(format!("{} bytes at {offset:#x}, beyond the file", buffer.len()))),
+    }
+}
+
+fn be64(values: impl Iterator<Item = u64>) -> Vec<u8> {
+    values.flat_map(u64::to_be_bytes).collect()
+}
+
+fn be64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+fn be32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(std::array::from_fn(|i| bytes[at + i]))
+}
+
+fn invalid(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("qcow2: {what}"))
+}
