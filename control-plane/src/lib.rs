@@ -1,1 +1,20 @@
-//! See ARCHITECTURE.md.
+//! The control plane: qubes and their settings, savefiles of DVM templates, and the launch of a clone.
+//!
+//! Rooms: [`state`] (the state folder), [`qube`] (records), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
+//! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`savefiles`] (build, list, verify, rm, gc),
+//! [`launcher`] (a launch from request to exit status), [`cli`] (what the binaries share), [`error`].
+
+pub mod agent_link;
+pub mod cli;
+pub mod clones;
+pub mod error;
+pub mod inputs;
+pub mod launcher;
+pub mod machine;
+pub mod names;
+pub mod output;
+pub mod qube;
+pub mod savefiles;
+pub mod session;
+pub mod state;
+pub mod templates;

@@ -1,2 +1,123 @@
-//! See ARCHITECTURE.md.
-fn main() {}
+//! `dispvm-launch`: a command in a fresh disposable VM, which is destroyed when the command ends.
+
+use std::cell::Cell;
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use control_plane::cli::{fail, settings, Common};
+use control_plane::error::{Error, Kind, Result};
+use control_plane::launcher::{self, Report, Request};
+use control_plane::qube;
+use qrexec::Exec;
+
+/// Runs a command in a fresh disposable VM.
+///
+/// Its standard input, output and error and its exit status are the command's. The disposable is destroyed when the
+/// command ends, when nobody reads its output any more, and on SIGHUP, SIGINT or SIGTERM.
+///
+/// Exit status: the command's; 125 when the launch failed, 126 when it was refused, 127 when there is no such command or
+/// service in the disposable.
+#[derive(Parser)]
+#[command(version)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// DVM template [default: the only one there is]
+    #[arg(long, value_name = "NAME")]
+    dvm: Option<String>,
+    /// Print each phase in ms on standard error
+    #[arg(long)]
+    timing: bool,
+    /// Print one JSON object about the launch on standard error
+    #[arg(long)]
+    json: bool,
+    /// Run this qrexec service instead of a command
+    #[arg(long, value_name = "SERVICE[+ARG]", conflicts_with = "command")]
+    service: Option<String>,
+    /// Command and arguments [default: a login shell]
+    #[arg(value_name = "CMD", trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    let start = Instant::now();
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { launcher::EXIT_FAILED } else { 0 });
+        }
+    };
+    match launch(&options, start) {
+        Ok(report) => {
+            tell(&options, &report);
+            ExitCode::from(report.exit_status())
+        }
+        Err(error) => {
+            let status = launcher::exit_of(&error);
+            if options.json {
+                let text = control_plane::output::error_text(&error);
+                eprintln!("{}", serde_json::json!({ "error": text, "exit_status": status }));
+                return ExitCode::from(status);
+            }
+            fail("dispvm-launch", &error, status)
+        }
+    }
+}
+
+fn launch(options: &Options, start: Instant) -> Result<Report> {
+    let state = options.common.state()?;
+    let dvm = options.dvm.clone().map_or_else(|| qube::default_dvm(&state), Ok)?;
+    let exec = exec(options)?;
+    let said = Cell::new(false);
+    let say = |text: &str| {
+        said.set(true);
+        eprintln!("dispvm-launch: {text}");
+    };
+    launcher::run(&state, &settings()?, Request { dvm, exec, start }, &say)
+}
+
+fn exec(options: &Options) -> Result<Exec> {
+    let exec = match &options.service {
+        Some(service) => service_exec(service)?,
+        None if options.command.is_empty() => Exec::user(["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"]),
+        None => Exec::user(options.command.iter().cloned().map(OsString::into_vec)),
+    };
+    exec.validate().map_err(|error| Error::new(Kind::Usage, "the command cannot be sent").because(error))?;
+    Ok(exec)
+}
+
+/// `SERVICE[+ARG]` is the executable /etc/qubes-rpc/SERVICE with ARG as its argument, as qrexec does.
+fn service_exec(text: &str) -> Result<Exec> {
+    let (service, argument) = text.split_once('+').unwrap_or((text, ""));
+    let legal = |text: &str, more: &[u8]| text.bytes().all(|b| b.is_ascii_alphanumeric() || more.contains(&b));
+    if service.is_empty() || service.starts_with('.') || !legal(service, b"-._") || !legal(argument, b"-._+") {
+        return Err(Error::new(Kind::Usage, format!("{text:?} is no service"))
+            .hint("SERVICE[+ARG], of letters, digits, '-', '.' and '_'"));
+    }
+    let mut exec = Exec::user([format!("/etc/qubes-rpc/{service}")]);
+    if !argument.is_empty() {
+        exec.argv.push(argument.as_bytes().to_vec());
+    }
+    let variables = [
+        ("QREXEC_SERVICE_FULL_NAME", text),
+        ("QREXEC_SERVICE_ARGUMENT", argument),
+        ("QREXEC_REMOTE_DOMAIN", "dom0"),
+    ];
+    exec.env = variables.map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).to_vec();
+    Ok(exec)
+}
+
+fn tell(options: &Options, report: &Report) {
+    if options.json {
+        eprintln!("{}", report.json());
+    } else if options.timing {
+        eprintln!("{} ({})", report.name, if report.generation.is_some() { "restored" } else { "cold boot" });
+        for ((phase, at), (_, took)) in report.timeline.marks_ms().zip(report.timeline.phases_ms()) {
+            eprintln!("{phase:>12} {at:9.1} ms  (+{took:.1})");
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The host's side of the agent's channel: frames out, frames in, each wait bounded.
+//!
+//! A launch sends `Identify`, `Exec` and `Thaw` in one write: the agent takes them in order, and the guest is spared two
+//! trips of a round each. The answers are read as they come.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use engine::agent::{Agent, AgentError, AgentFacts};
+use engine::host::AgentPipe;
+use engine::identity::{self, Identity};
+use engine::units::ByteCount;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use qrexec::{Decoder, Exec, Failed, GuestFrame, HostFrame, Op};
+
+/// A launch's one command has this stream.
+pub const COMMAND_STREAM: u32 = 1;
+/// A prerun hook may download and unpack things.
+const PRERUN_LIMIT: Duration = Duration::from_secs(600);
+/// Settling writes back and drops caches; under emulation, with gigabytes of them, that takes seconds.
+const SETTLE_LIMIT: Duration = Duration::from_secs(120);
+/// Three orders of magnitude above the usual.
+const IDENTIFY_LIMIT: Duration = Duration::from_secs(30);
+
+/// A channel to one agent.
+pub struct AgentLink {
+    pipe: Box<dyn AgentPipe>,
+    decoder: Decoder,
+    inbox: VecDeque<GuestFrame>,
+    out: Vec<u8>,
+    command: Option<Exec>,
+}
+
+impl AgentLink {
+    /// Over a fresh channel.
+    pub fn new(pipe: Box<dyn AgentPipe>) -> AgentLink {
+        AgentLink {
+            pipe,
+            decoder: Decoder::new(),
+            inbox: VecDeque::new(),
+            out: Vec::with_capacity(4096),
+            command: None,
+        }
+    }
+
+    /// Over a fresh channel, with the command to start as soon as the clone is somebody.
+    pub fn with_command(pipe: Box<dyn AgentPipe>, command: Exec) -> AgentLink {
+        AgentLink { command: Some(command), ..AgentLink::new(pipe) }
+    }
+
+    /// Queues a frame. [`AgentLink::flush`] sends it.
+    pub fn queue(&mut self, frame: &HostFrame) -> Result<(), AgentError> {
+        frame.encode(&mut self.out).map_err(|error| broken("send to the agent", error))
+    }
+
+    /// Queues bytes for the command's stdin.
+    pub fn queue_stdin(&mut self, bytes: &[u8]) {
+        HostFrame::encode_stdin(&mut self.out, COMMAND_STREAM, bytes);
+    }
+
+    /// Whether something waits to be sent.
+    pub fn wants_to_send(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    /// Sends what the channel takes now.
+    pub fn flush(&mut self) -> Result<(), AgentError> {
+        let mut sent = 0;
+        while sent < self.out.len() {
+            match self.pipe.write(&self.out[sent..]) {
+                Ok(0) => return Err(broken("send to the agent", "closed")),
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(broken("send to the agent", error)),
+            }
+        }
+        self.out.drain(..sent);
+        Ok(())
+    }
+
+    /// The next frame that has arrived, reading what there is; `None` when more has to be waited for.
+    pub fn next_frame(&mut self) -> Result<Option<GuestFrame>, AgentError> {
+        if let Some(frame) = self.inbox.pop_front() {
+            return Ok(Some(frame));
+        }
+        let step = "listen to the agent";
+        let mut buffer = [0u8; 64 << 10];
+        match self.pipe.read(&mut buffer) {
+            Ok(0) => return Err(broken(step, "the guest has gone")),
+            Ok(count) => {
+                let mut input = &buffer[..count];
+                while let Some(raw) = self.decoder.next(&mut input).map_err(|error| broken(step, error))? {
+                    self.inbox.push_back(GuestFrame::parse(raw).map_err(|error| broken(step, error))?);
+                }
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                return Err(broken(step, "the guest has gone"))
+            }
+            Err(error) => return Err(broken(step, error)),
+        }
+        Ok(self.inbox.pop_front())
+    }
+
+    /// Puts a frame back to be read next.
+    pub fn put_back(&mut self, frame: GuestFrame) {
+        self.inbox.push_front(frame);
+    }
+
+    /// Sends `frame` and waits until the agent says it is done.
+    fn ask(&mut self, step: &'static str, frame: &HostFrame, op: Op, limit: Duration) -> Result<(), AgentError> {
+        self.queue(frame)?;
+        self.wait_done(step, op, limit)
+    }
+
+    /// Waits for the answer to `op`, sending what is queued. Frames of the command that come before it are kept.
+    fn wait_done(&mut self, step: &'static str, op: Op, limit: Duration) -> Result<(), AgentError> {
+        let deadline = Instant::now() + limit;
+        let mut others = VecDeque::new();
+        loop {
+            match self.wait_frame(step, deadline, limit)? {
+                GuestFrame::Done(done) if done == op => {
+                    while let Some(frame) = others.pop_back() {
+                        self.inbox.push_front(frame);
+                    }
+                    return Ok(());
+                }
+                GuestFrame::Failed { stream: 0, failed } => return Err(failure(step, &failed)),
+                frame => others.push_back(frame),
+            }
+        }
+    }
+
+    fn wait_frame(
+        &mut self,
+        step: &'static str,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<GuestFrame, AgentError> {
+        loop {
+            self.flush()?;
+            if let Some(frame) = self.next_frame()? {
+                return Ok(frame);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(AgentError::Silent { step, limit });
+            }
+            let interest =
+                if self.out.is_empty() { PollFlags::POLLIN } else { PollFlags::POLLIN | PollFlags::POLLOUT };
+            let timeout = PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.pipe.as_fd(), interest)], timeout) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(error) => return Err(broken(step, error)),
+            }
+        }
+    }
+}
+
+impl AsFd for AgentLink {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+}
+
+impl Agent for AgentLink {
+    fn ready(&mut self, limit: Duration) -> Result<AgentFacts, AgentError> {
+        let step = "wait for the guest to be up";
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.wait_frame(step, deadline, limit)? {
+                GuestFrame::Hello(hello) if hello.protocol != qrexec::PROTOCOL => {
+                    let reason = format!("it speaks protocol {}, not {}", hello.protocol, qrexec::PROTOCOL);
+                    return Err(AgentError::Broken { step, reason });
+                }
+                GuestFrame::Hello(hello) if !hello.session => {
+                    let message = "the user's session did not come up".to_owned();
+                    return Err(AgentError::Failed { step, message });
+                }
+                GuestFrame::Hello(hello) => return Ok(AgentFacts { version: hello.agent_version }),
+                GuestFrame::Failed { failed, .. } => return Err(failure(step, &failed)),
+                _ => {}
+            }
+        }
+    }
+
+    fn prerun(&mut self, program: &[u8]) -> Result<(), AgentError> {
+        HostFrame::encode_prerun(&mut self.out, program);
+        self.wait_done("run the prerun hook", Op::Prerun, PRERUN_LIMIT)
+    }
+
+    fn settle(&mut self) -> Result<ByteCount, AgentError> {
+        self.ask("settle the guest", &HostFrame::Settle, Op::Settle, SETTLE_LIMIT)?;
+        let free = self.inbox.iter().find_map(|frame| match frame {
+            GuestFrame::FreeMemory(bytes) => Some(ByteCount(*bytes)),
+            _ => None,
+        });
+        self.inbox.clear();
+        Ok(free.unwrap_or(ByteCount::ZERO))
+    }
+
+    fn warm(&mut self) -> Result<(), AgentError> {
+        self.ask("run once what a launch runs", &HostFrame::Warm, Op::Warm, SETTLE_LIMIT)
+    }
+
+    fn freeze(&mut self) -> Result<(), AgentError> {
+        self.ask("freeze the guest's programs", &HostFrame::Freeze, Op::Freeze, SETTLE_LIMIT)
+    }
+
+    fn identify(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        self.queue(&HostFrame::Identify(Box::new(identity_frame(identity))))?;
+        if let Some(exec) = self.command.take() {
+            self.queue(&HostFrame::Exec { stream: COMMAND_STREAM, exec: Box::new(exec) })?;
+        }
+        self.queue(&HostFrame::Thaw)?;
+        self.wait_done("give the clone its identity", Op::Identify, IDENTIFY_LIMIT)
+    }
+
+    fn thaw(&mut self) -> Result<(), AgentError> {
+        // Sent along with the identity; that it happened is read with the command's own frames.
+        Ok(())
+    }
+}
+
+fn identity_frame(identity: &Identity) -> qrexec::Identity {
+    qrexec::Identity {
+        hostname: identity.number.to_string(),
+        machine_id: identity.machine_id,
+        entropy: identity.entropy,
+        realtime_ns: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
+        mac: identity.number.mac(),
+        network: Some(qrexec::Network {
+            address: identity.number.address(),
+            prefix_len: identity::NETWORK.1,
+            gateway: Some(identity::GATEWAY),
+            dns: vec![identity::NAME_SERVER],
+        }),
+    }
+}
+
+fn failure(step: &'static str, failed: &Failed) -> AgentError {
+    AgentError::Failed { step, message: format!("{}: {}", failed.step, failed.message) }
+}
+
+fn broken(step: &'static str, reason: impl ToString) -> AgentError {
+    AgentError::Broken { step, reason: reason.to_string() }
+}

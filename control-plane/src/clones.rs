@@ -1,0 +1,142 @@
+//! Living clones' records, `clones/dispN`: JSON, locked by the clone's keeper as long as it lives.
+//!
+//! A record whose lock is free is a dead clone's: every reader ignores it, and the next command removes it. There is
+//! nothing else to clean up after a killed keeper, for its clone's processes die with it and its files have no names.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use engine::identity::CloneNumber;
+use nix::fcntl::Flock;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::names;
+use crate::state::{self, State};
+
+/// What is known of a living clone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloneRecord {
+    /// Its name.
+    pub name: String,
+    /// The DVM template it was made from.
+    pub dvm: String,
+    /// The savefile's root hash, empty after a cold boot: the hot image stays while a clone maps it.
+    pub root_hash: String,
+    /// The template's root generation, which stays while a clone uses it.
+    pub template: (String, u64),
+    /// The keeper's process id.
+    pub pid: u32,
+    /// Seconds since 1970.
+    pub started: u64,
+}
+
+/// A name and its record, held as long as the clone lives. Dropping it removes the record and sends the name to rest.
+pub struct Lease {
+    state: State,
+    number: CloneNumber,
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Lease {
+    /// Takes a name for a clone of `dvm` and writes its record.
+    pub fn take(state: &State, dvm: &str, root_hash: &str, template: (String, u64)) -> Result<Lease> {
+        loop {
+            let number = names::take(state, |number| is_alive(&state.clones().join(number.to_string())))?;
+            let path = state.clones().join(number.to_string());
+            let Some(mut lock) = state::try_lock(&path)? else { continue };
+            // A sweep may have removed the file between its opening and its locking.
+            let same = fs::metadata(&path).ok().zip(lock.metadata().ok()).is_some_and(|(a, b)| a.ino() == b.ino());
+            if !same {
+                continue;
+            }
+            let record = CloneRecord {
+                name: number.to_string(),
+                dvm: dvm.to_owned(),
+                root_hash: root_hash.to_owned(),
+                template,
+                pid: std::process::id(),
+                started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            };
+            let bytes = serde_json::to_vec(&record).map_err(Error::failed("write the clone's record"))?;
+            lock.write_all(&bytes).map_err(Error::io("write", &path))?;
+            return Ok(Lease { state: state.clone(), number, path, _lock: lock });
+        }
+    }
+
+    /// The clone's number.
+    pub fn number(&self) -> CloneNumber {
+        self.number
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+        let _ = names::give_back(&self.state, self.number);
+    }
+}
+
+/// The living clones.
+pub fn list(state: &State) -> Result<Vec<CloneRecord>> {
+    let folder = state.clones();
+    let entries = fs::read_dir(&folder).map_err(Error::io("list", &folder))?;
+    let mut clones: Vec<CloneRecord> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| is_alive(path))
+        .filter_map(|path| serde_json::from_slice(&fs::read(path).ok()?).ok())
+        .collect();
+    clones.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(clones)
+}
+
+/// Removes the records of dead clones.
+pub fn sweep(state: &State) -> Result<()> {
+    let folder = state.clones();
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+        let path = entry.map_err(Error::io("list", &folder))?.path();
+        if let Ok(Some(lock)) = lock_existing(&path) {
+            let _ = fs::remove_file(&path);
+            drop(lock);
+        }
+    }
+    Ok(())
+}
+
+/// Whether the record's keeper holds its lock.
+fn is_alive(path: &Path) -> bool {
+    path.exists() && matches!(lock_existing(path), Ok(None))
+}
+
+/// The lock of a file that is there, if nobody has it.
+fn lock_existing(path: &Path) -> std::io::Result<Option<Flock<File>>> {
+    match Flock::lock(File::open(path)?, nix::fcntl::FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, error)) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_listed_while_it_lives_and_a_dead_ones_record_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let lease = Lease::take(&state, "debian-dvm", "", ("debian-12".into(), 1)).unwrap();
+        assert_eq!(list(&state).unwrap()[0].name, lease.number().to_string());
+        // What a killed keeper leaves: a record without a lock.
+        fs::copy(&lease.path, state.clones().join("disp5")).unwrap();
+        assert_eq!(list(&state).unwrap().len(), 1);
+        sweep(&state).unwrap();
+        assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 1);
+        drop(lease);
+        assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 0);
+    }
+}

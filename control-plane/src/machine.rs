@@ -1,0 +1,76 @@
+//! The hypervisor of this machine and the limits of a clone on it.
+
+use std::path::{Path, PathBuf};
+
+use engine::host::{Confinement, GuestSpec, Host};
+use engine::identity::CloneNumber;
+use engine::units::ByteCount;
+use qemu_glue::host::QemuHost;
+use qemu_glue::probe::{self, ProbeError, Qemu};
+
+use crate::error::{Error, Kind, Result};
+use crate::state::State;
+
+/// What each of a clone's volumes may write to memory before it spills, encrypted, to the disk of the state folder. An office
+/// document or a browser's cache stays below it; three volumes are well below what a host of 8 GiB can spare.
+pub const VOLUME_MEMORY_MAX: ByteCount = ByteCount(512 << 20);
+/// The least memory a host keeps for itself when a clone has taken all it may.
+pub const HOST_RESERVE: u64 = 256 << 20;
+
+/// What the binaries read from their environment.
+#[derive(Debug, Clone, Default)]
+pub struct Settings {
+    /// DISPVM_QEMU: the QEMU to use instead of the one in PATH.
+    pub qemu: Option<PathBuf>,
+    /// PATH.
+    pub path: std::ffi::OsString,
+    /// DISPVM_VOLUME_MEMORY_MIB: another limit than [`VOLUME_MEMORY_MAX`].
+    pub volume_memory_mib: Option<u64>,
+}
+
+/// Finds the host, probing it with `kernel` if it is not known yet.
+pub fn host(state: &State, settings: &Settings, kernel: &Path) -> Result<Box<dyn Host>> {
+    let program = settings.qemu.clone().or_else(|| probe::in_path(&settings.path));
+    let program = program.ok_or_else(|| Error::new(Kind::Failed, "QEMU is not there").hint(
+        "`apt install qemu-system-x86`, or name another with DISPVM_QEMU=/path/to/qemu-system-x86_64",
+    ))?;
+    let qemu = Qemu::find(&program, &state.qemu_cache(), kernel).map_err(|error| match error {
+        ProbeError::Io { ref path, .. } if path == kernel => Error::failed("find out about QEMU")(error),
+        error => Error::new(Kind::Failed, "QEMU cannot be used").because(error),
+    })?;
+    Ok(Box::new(QemuHost::new(qemu)))
+}
+
+/// The limits of a clone.
+pub fn confinement(state: &State, settings: &Settings, number: CloneNumber) -> Confinement {
+    Confinement {
+        slot: number.get(),
+        volume_memory_max: settings.volume_memory_mib.map_or(VOLUME_MEMORY_MAX, |mib| ByteCount(mib << 20)),
+        spill_dir: state.root().to_owned(),
+    }
+}
+
+/// Refuses a clone for which there would not be enough memory if it took all it may: the host's OOM killer shall never
+/// have to choose.
+pub fn check_memory(spec: &GuestSpec, confinement: &Confinement) -> Result<()> {
+    let needed =
+        spec.memory.0 + spec.volumes.len() as u64 * confinement.volume_memory_max.0 + HOST_RESERVE;
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
+        .map(|kib| kib << 10);
+    match available {
+        Some(available) if available < needed => Err(Error::new(
+            Kind::Refused,
+            format!(
+                "too little memory: the clone may come to use {}, {} are available",
+                crate::output::bytes_text(needed),
+                crate::output::bytes_text(available)
+            ),
+        )
+        .hint("close other programs, give the DVM template less memory, or lower DISPVM_VOLUME_MEMORY_MIB")),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,256 @@
+//! Qubes: TemplateVMs and the DVM templates on them, one TOML record each.
+//!
+//! Invariants: a record is written aside and renamed, so it is never half there; a name is a legal Qubes name, so it
+//! is safe as a file name; unknown keys are refused, so that a typing mistake does not go unnoticed.
+
+use std::fs;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result};
+use crate::state::{self, State};
+
+/// The labels Qubes has.
+pub const LABELS: [&str; 8] = ["red", "orange", "yellow", "green", "gray", "blue", "purple", "black"];
+
+/// One qube's record, `qubes/NAME/qube.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Qube {
+    /// Its name.
+    pub name: String,
+    /// Its label, the colour of its windows' borders.
+    pub label: String,
+    /// What it is: the table `[class.TemplateVM]` or `[class.AppVM]`.
+    pub class: Class,
+}
+
+/// What a qube is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Class {
+    /// Has a root volume and a kernel of its own.
+    TemplateVM(Template),
+    /// Uses a template's root; as a DVM template, disposables are made from it.
+    AppVM(Dvm),
+}
+
+/// A TemplateVM's part of the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Template {
+    /// The generation of root, kernel and initrd, from 1.
+    pub generation: u64,
+    /// blake3 of the root image, hexadecimal.
+    pub root_hash: String,
+    /// Size of the root volume in bytes.
+    pub root_bytes: u64,
+    /// blake3 of the kernel.
+    pub kernel_hash: String,
+    /// blake3 of the initrd.
+    pub initrd_hash: String,
+    /// The kernel's command line.
+    pub cmdline: String,
+}
+
+/// A DVM template's part of the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dvm {
+    /// The TemplateVM.
+    pub template: String,
+    /// Whether disposables may be made from it.
+    pub template_for_dispvms: bool,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// Where the network card leads: `none`, `user`, or `tap:NAME`.
+    pub net: String,
+    /// Size of the private volume in MiB.
+    pub private_mib: u64,
+    /// The generation of the private volume, from 1.
+    pub private_generation: u64,
+    /// What identifies that generation.
+    pub private_id: String,
+    /// Size of the volatile volume in MiB.
+    pub volatile_mib: u64,
+    /// The savefile in use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub savefile: Option<SavefilePin>,
+}
+
+/// Which savefile serves, and what it must be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavefilePin {
+    /// Its generation.
+    pub generation: u64,
+    /// Its root hash: a file that has another was replaced.
+    pub root_hash: String,
+    /// The hash of everything it was built from ([`crate::inputs`]).
+    pub inputs: String,
+    /// The prerun hook's hash, empty without one: a rebuild runs the same.
+    #[serde(default)]
+    pub prerun_hash: String,
+}
+
+impl Qube {
+    /// Reads a record.
+    pub fn load(state: &State, name: &str) -> Result<Qube> {
+        check_name(name)?;
+        let path = record_path(state, name);
+        let text = fs::read_to_string(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => Error::new(Kind::Usage, format!("there is no qube {name}"))
+                .hint("`dispvm-qube list` shows those there are"),
+            _ => Error::io("read", &path)(error),
+        })?;
+        let qube: Qube = toml::from_str(&text).map_err(|error| {
+            Error::new(Kind::Failed, format!("{}: {}", path.display(), error.message()))
+        })?;
+        if qube.name != name {
+            return Err(Error::new(Kind::Failed, format!("{} is the record of {:?}", path.display(), qube.name)));
+        }
+        Ok(qube)
+    }
+
+    /// Writes the record.
+    pub fn save(&self, state: &State) -> Result<()> {
+        check_name(&self.name)?;
+        if !LABELS.contains(&self.label.as_str()) {
+            return Err(Error::new(Kind::Usage, format!("{:?} is no label", self.label))
+                .hint(format!("one of {}", LABELS.join(", "))));
+        }
+        state::make_folder(&state.qube(&self.name))?;
+        let text = toml::to_string(self).map_err(Error::failed("write the qube's record"))?;
+        state::replace_file(&record_path(state, &self.name), text.as_bytes())
+    }
+
+    /// All qubes, by name. A record that cannot be read is an error of that qube alone.
+    pub fn all(state: &State) -> Result<Vec<Qube>> {
+        let folder = state.qubes();
+        let mut names: Vec<String> = fs::read_dir(&folder)
+            .map_err(Error::io("list", &folder))?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| record_path(state, name).is_file())
+            .collect();
+        names.sort();
+        names.iter().map(|name| Qube::load(state, name)).collect()
+    }
+
+    /// The DVM template's part, or what stands in the way.
+    pub fn dvm(&self) -> Result<&Dvm> {
+        match &self.class {
+            Class::AppVM(dvm) if dvm.template_for_dispvms => Ok(dvm),
+            Class::AppVM(_) => Err(Error::new(
+                Kind::Refused,
+                format!("{} does not serve as a template for disposables", self.name),
+            )
+            .hint(format!("set template_for_dispvms = true in qubes/{}/qube.toml", self.name))),
+            Class::TemplateVM(_) => Err(Error::new(
+                Kind::Refused,
+                format!("{} is a TemplateVM, disposables are made from a DVM template on it", self.name),
+            )
+            .hint(format!("`dispvm-qube add-dvm NAME --template {}`", self.name))),
+        }
+    }
+
+    /// The TemplateVM's part, or what stands in the way.
+    pub fn template(&self) -> Result<&Template> {
+        match &self.class {
+            Class::TemplateVM(template) => Ok(template),
+            Class::AppVM(_) => Err(Error::new(Kind::Usage, format!("{} is no TemplateVM", self.name))),
+        }
+    }
+}
+
+/// Changes a DVM template's record under its lock.
+pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> Result<()> {
+    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
+    let mut qube = Qube::load(state, name)?;
+    match &mut qube.class {
+        Class::AppVM(dvm) => change(dvm),
+        Class::TemplateVM(_) => return Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
+    }
+    qube.save(state)
+}
+
+/// The DVM template to use when none is named: the only one there is.
+pub fn default_dvm(state: &State) -> Result<String> {
+    let mut dvms: Vec<String> =
+        Qube::all(state)?.into_iter().filter(|qube| qube.dvm().is_ok()).map(|qube| qube.name).collect();
+    match dvms.len() {
+        1 => Ok(dvms.remove(0)),
+        0 => Err(Error::new(Kind::Usage, "there is no DVM template")
+            .hint("`make demo` makes one, or `dispvm-qube add-template` and `dispvm-qube add-dvm`")),
+        _ => Err(Error::new(Kind::Usage, format!("there are several DVM templates: {}", dvms.join(", ")))
+            .hint("choose one with --dvm NAME")),
+    }
+}
+
+/// A legal Qubes name: a letter, then up to 30 letters, digits, `.`, `_`, `-`.
+pub fn check_name(name: &str) -> Result<()> {
+    let mut bytes = name.bytes();
+    let legal = bytes.next().is_some_and(|first| first.is_ascii_alphabetic())
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+        && name.len() <= 31;
+    match legal {
+        true => Ok(()),
+        false => Err(Error::new(Kind::Usage, format!("{name:?} is no name of a qube"))
+            .hint("a letter, then letters, digits, '.', '_' and '-', 31 in all")),
+    }
+}
+
+fn record_path(state: &State, name: &str) -> PathBuf {
+    state.qube(name).join("qube.toml")
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn dvm(name: &str) -> Qube {
+        Qube {
+            name: name.into(),
+            label: "red".into(),
+            class: Class::AppVM(Dvm {
+                template: "debian-12".into(),
+                template_for_dispvms: true,
+                memory_mib: 1024,
+                vcpus: 2,
+                net: "none".into(),
+                private_mib: 2048,
+                private_generation: 1,
+                private_id: "x".into(),
+                volatile_mib: 1024,
+                savefile: None,
+            }),
+        }
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let qube = dvm("debian-dvm");
+        qube.save(&state).unwrap();
+        assert_eq!(Qube::load(&state, "debian-dvm").unwrap(), qube);
+        update_dvm(&state, "debian-dvm", |dvm| dvm.vcpus = 4).unwrap();
+        assert_eq!(Qube::load(&state, "debian-dvm").unwrap().dvm().unwrap().vcpus, 4);
+        assert_eq!(default_dvm(&state).unwrap(), "debian-dvm");
+        dvm("other").save(&state).unwrap();
+        assert_eq!(default_dvm(&state).unwrap_err().kind, Kind::Usage);
+    }
+
+    #[test]
+    fn names_and_labels_are_checked() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        for name in ["", "../x", "1a", "a/b", "a b", &"a".repeat(32)] {
+            assert!(check_name(name).is_err(), "{name}");
+        }
+        let mut qube = dvm("a");
+        qube.label = "pink".into();
+        assert!(qube.save(&state).is_err());
+    }
+}

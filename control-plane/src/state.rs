@@ -1,0 +1,170 @@
+//! The state folder: where everything stands in it.
+//!
+//! ```text
+//! ROOT/qubes/NAME/qube.toml                  one record per qube
+//! ROOT/qubes/TEMPLATE/root/GEN/{root.img,vmlinuz,initrd}    immutable, one folder per generation
+//! ROOT/qubes/DVM/private/GEN.img             immutable
+//! ROOT/qubes/DVM/savefile/GEN.savefile       immutable
+//! ROOT/hot/HASH/                             admitted savefiles, by root hash
+//! ROOT/clones/dispN                          one record per living clone, locked by its keeper
+//! ROOT/names                                 when each name was last in use
+//! ROOT/qemu.json                             what was found out about QEMU
+//! ```
+
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::error::{Error, Result};
+
+/// A state folder that exists, readable by its owner alone.
+#[derive(Debug, Clone)]
+pub struct State {
+    root: PathBuf,
+}
+
+impl State {
+    /// Opens the folder, making it if it is not there.
+    pub fn open(root: &Path) -> Result<State> {
+        let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
+        for folder in ["qubes", "clones", "hot"] {
+            let path = root.join(folder);
+            if !path.is_dir() {
+                make(&path).map_err(Error::io("make the state folder", &path))?;
+            }
+        }
+        let root = fs::canonicalize(root).map_err(Error::io("open the state folder", root))?;
+        Ok(State { root })
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// All qubes' folders.
+    pub fn qubes(&self) -> PathBuf {
+        self.root.join("qubes")
+    }
+
+    /// One qube's folder.
+    pub fn qube(&self, name: &str) -> PathBuf {
+        self.qubes().join(name)
+    }
+
+    /// A template's files of one generation.
+    pub fn root_generation(&self, template: &str, generation: u64) -> PathBuf {
+        self.qube(template).join("root").join(generation.to_string())
+    }
+
+    /// A qube's private base of one generation.
+    pub fn private_image(&self, qube: &str, generation: u64) -> PathBuf {
+        self.qube(qube).join("private").join(format!("{generation}.img"))
+    }
+
+    /// The folder of a DVM template's savefiles.
+    pub fn savefiles(&self, dvm: &str) -> PathBuf {
+        self.qube(dvm).join("savefile")
+    }
+
+    /// One savefile.
+    pub fn savefile(&self, dvm: &str, generation: u64) -> PathBuf {
+        self.savefiles(dvm).join(format!("{generation}.savefile"))
+    }
+
+    /// The admitted savefiles.
+    pub fn hot(&self) -> PathBuf {
+        self.root.join("hot")
+    }
+
+    /// The living clones' records.
+    pub fn clones(&self) -> PathBuf {
+        self.root.join("clones")
+    }
+
+    /// The ledger of names.
+    pub fn names(&self) -> PathBuf {
+        self.root.join("names")
+    }
+
+    /// What was found out about QEMU.
+    pub fn qemu_cache(&self) -> PathBuf {
+        self.root.join("qemu.json")
+    }
+}
+
+/// Makes a folder for its owner alone, and those above it.
+pub fn make_folder(path: &Path) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(Error::io("make", path))
+}
+
+/// Replaces a file as a whole: written aside, synced, renamed, the folder synced. A reader sees the old or the new.
+pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let aside = path.with_extension(format!("{}.tmp", std::process::id()));
+    let written = (|| {
+        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&aside, path)?;
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    })();
+    written.map_err(|error| {
+        let _ = fs::remove_file(&aside);
+        Error::io("write", path)(error)
+    })
+}
+
+/// Takes the exclusive lock of a file (made if need be), waiting for it.
+pub fn lock(path: &Path) -> Result<Flock<File>> {
+    let file = open_lock(path).map_err(Error::io("open", path))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| Error::io("lock", path)(error.into()))
+}
+
+/// Takes the exclusive lock of a file if nobody has it.
+pub fn try_lock(path: &Path) -> Result<Option<Flock<File>>> {
+    let file = open_lock(path).map_err(Error::io("open", path))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, error)) => Err(Error::io("lock", path)(error.into())),
+    }
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// Makes a file read-only for everybody: QEMU, under a uid of its own, is handed a descriptor and opens it again.
+pub fn make_immutable(file: &File) -> io::Result<()> {
+    file.set_permissions(Permissions::from_mode(0o444))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qube.toml");
+        replace_file(&path, b"old").unwrap();
+        replace_file(&path, b"new").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_lock_is_held_by_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let held = try_lock(&path).unwrap();
+        assert!(held.is_some());
+        assert!(try_lock(&path).unwrap().is_none());
+        drop(held);
+        assert!(try_lock(&path).unwrap().is_some());
+    }
+}
