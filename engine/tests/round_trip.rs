@@ -82,7 +82,7 @@ fn written(guest: &Guest) -> (Savefile, savefile::Written, tempfile::TempDir) {
 #[test]
 fn zeros_are_not_stored_and_equal_pages_are_stored_once_over_all_images() {
     let (savefile, written, _folder) = written(&Guest::small());
-    // Memory: two of Fill(1), one of Fill(2). Delta: the same Fill(2), and noise.
+    // Memory: two of Fill(1), one of Fill(2). Delta: the same Fill(2), and Fill(3).
     assert_eq!(written.unique_pages, PageCount(3));
     assert_eq!(written.pages, PageCount(16 + 3));
     assert_eq!(written.zero_pages, PageCount(13 + 1));
@@ -93,7 +93,7 @@ fn zeros_are_not_stored_and_equal_pages_are_stored_once_over_all_images() {
 #[test]
 fn the_working_set_is_stored_first() {
     let mut guest = Guest::small();
-    guest.memory = (0..200).map(Page::Noise).collect();
+    guest.memory = Guest::incompressible(200).memory;
     guest.working_set = vec![(150, 10), (3, 1)];
     let (savefile, _, _folder) = written(&guest);
     let map = savefile.page_map(&ImageId::Memory).unwrap();

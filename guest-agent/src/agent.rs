@@ -185,12 +185,17 @@ impl Agent {
             return Err(Failure::ours("freeze", libc::EBUSY, "commands are running"));
         }
         self.kit = Some(Kit::open()?);
-        self.freezer()?.freeze()
+        let frozen = self.freezer()?.freeze().and_then(|()| self.kit.as_mut().map_or(Ok(()), Kit::poise));
+        if frozen.is_err() {
+            let _ = self.thaw();
+        }
+        frozen
     }
 
-    /// With what was opened before the freeze; a guest that isn't frozen may have changed since, and opens it now.
+    /// With what was made ready for it; where others have run since, the files may have changed, and are opened anew.
     fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
-        match &mut self.kit {
+        let untouched = self.freezer.as_ref().is_ok_and(Freezer::is_whole);
+        match self.kit.as_mut().filter(|_| untouched) {
             Some(kit) => kit.apply(identity),
             None => Kit::open()?.apply(identity),
         }

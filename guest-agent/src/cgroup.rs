@@ -25,6 +25,7 @@ pub struct Freezer {
     root: PathBuf,
     own: String,
     frozen: Vec<Group>,
+    whole: bool,
 }
 
 struct Group {
@@ -51,12 +52,17 @@ impl Freezer {
 
     /// A freezer of all groups directly in `root` but `own`.
     pub fn new(root: &Path, own: &str) -> Self {
-        Self { root: root.into(), own: own.into(), frozen: Vec::new() }
+        Self { root: root.into(), own: own.into(), frozen: Vec::new(), whole: false }
     }
 
     /// Whether a group is still frozen.
     pub fn is_frozen(&self) -> bool {
         !self.frozen.is_empty()
+    }
+
+    /// Whether all are: nobody but the agent has run since the freeze.
+    pub fn is_whole(&self) -> bool {
+        self.whole
     }
 
     /// Freezes all other groups and waits until they are.
@@ -67,6 +73,7 @@ impl Freezer {
         let deadline = Instant::now() + FREEZE_MAX;
         let frozen =
             frozen.and_then(|()| self.frozen.iter().try_for_each(|group| group.wait_frozen(deadline)));
+        self.whole = frozen.is_ok();
         if frozen.is_err() {
             let _ = self.thaw();
         }
@@ -75,6 +82,7 @@ impl Freezer {
 
     /// Thaws everything. Groups that can't be thawed don't keep others from it; the first failure is told.
     pub fn thaw(&mut self) -> Result<(), Failure> {
+        self.whole = false;
         let mut first = Ok(());
         for group in self.frozen.drain(..) {
             first = first.and(group.thaw());
@@ -85,7 +93,10 @@ impl Freezer {
     /// Thaws one group, if it is frozen.
     pub fn thaw_group(&mut self, name: &str) -> Result<(), Failure> {
         match self.frozen.iter().position(|group| group.name == name) {
-            Some(at) => self.frozen.swap_remove(at).thaw(),
+            Some(at) => {
+                self.whole = false;
+                self.frozen.swap_remove(at).thaw()
+            }
             None => Ok(()),
         }
     }
@@ -194,7 +205,7 @@ mod tests {
         freezer.freeze().expect("freezes");
         assert_eq!((states(), freezer.is_frozen()), (vec![false, true, true], true));
         freezer.thaw_group("user").expect("thaws");
-        assert_eq!(states()[2], true);
+        assert!(states()[2] && !freezer.is_whole());
         freezer.freeze().expect("freezes again");
         assert_eq!(states(), [false, true, true]);
         freezer.thaw().expect("thaws");

@@ -1,7 +1,7 @@
 //! One running command: its process, its three pipes, and their windows.
 //!
 //! Invariants:
-//! - Nothing here blocks. Whether the child became the command is told by its status pipe, its end by its pidfd.
+//! - Nothing here blocks, but for starting: the agent waits while its child becomes the command. Its end is told by its pidfd.
 //! - A pipe is read only with credit from the host and room in the outbox: a stalled reader stalls the program, nothing else.
 //! - What waits for stdin is within the window granted to the host. A command that closed its stdin has the rest dropped and credited.
 //! - `Exited` is the last frame, after both ends of output. Output ends with EOF, or, when a background process keeps a pipe open,
@@ -14,15 +14,15 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use qrexec::{kind, Exec, Exit, GuestFrame, Op, ProtocolError, ReceiveWindow, SendWindow};
+use qrexec::{kind, Exec, Exit, GuestFrame, ProtocolError, ReceiveWindow, SendWindow};
 
 use crate::failure::{Failure, Step};
 use crate::outbox::{Outbox, Taken, ROOM};
 use crate::place::Place;
-use crate::sys::{self, PollSlot, CHILD_STEPS, STATUS_BYTES, STEP_EXEC};
+use crate::sys::{self, LaunchError, PollSlot};
 
-/// Slots of poll that each command has: status, end, stdin, stdout, stderr.
-pub const SLOTS: usize = 5;
+/// Slots of poll that each command has: end, stdin, stdout, stderr.
+pub const SLOTS: usize = 4;
 /// How long an ended command's idle pipes are kept for the processes it left behind.
 const LINGER: Duration = Duration::from_millis(100);
 
@@ -31,14 +31,20 @@ pub struct Command {
     stream: u32,
     pid: i32,
     pidfd: OwnedFd,
-    status: Option<OwnedFd>,
-    stillborn: Option<(u8, i32)>,
     stdin: Stdin,
     stdout: Output,
     stderr: Output,
     exit: Option<Exit>,
     last_activity: Instant,
     abandoned: bool,
+}
+
+/// Why a command did not start.
+pub enum NotStarted {
+    /// There is no such command, or it can't be executed.
+    Exit(Exit),
+    /// Something else.
+    Failure(Failure),
 }
 
 struct Stdin {
@@ -56,22 +62,20 @@ struct Output {
 
 impl Command {
     /// Starts `exec`. `keep` stays open in it.
-    pub fn start(stream: u32, exec: Exec, place: &Place, keep: Option<&OwnedFd>) -> Result<Self, Failure> {
-        let [(stdin_theirs, stdin), (stdout, stdout_theirs), (stderr, stderr_theirs), (status, status_theirs)] =
-            [pipe()?, pipe()?, pipe()?, pipe()?];
-        for ours in [&stdin, &stdout, &stderr, &status] {
+    pub fn start(stream: u32, exec: Exec, place: &Place, keep: Option<&OwnedFd>) -> Result<Self, NotStarted> {
+        let [(stdin_theirs, stdin), (stdout, stdout_theirs), (stderr, stderr_theirs)] =
+            [pipe()?, pipe()?, pipe()?];
+        for ours in [&stdin, &stdout, &stderr] {
             nix::fcntl::fcntl(ours.as_raw_fd(), nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
                 .step(|| "set up a pipe")?;
         }
         let stdio = [stdin_theirs.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
-        let launch = place.launch(exec, stdio, keep.map(AsFd::as_fd), status_theirs.as_fd());
-        let (pid, pidfd) = sys::launch(&launch).step(|| "start a process")?;
+        let launch = place.launch(exec, stdio, keep.map(AsFd::as_fd));
+        let (pid, pidfd) = sys::launch(&launch)?;
         Ok(Self {
             stream,
             pid,
             pidfd,
-            status: Some(status),
-            stillborn: None,
             stdin: Stdin {
                 pipe: Some(stdin),
                 queue: VecDeque::new(),
@@ -95,7 +99,7 @@ impl Command {
     pub fn abandon(&mut self) {
         self.signal(libc::SIGKILL);
         self.abandoned = true;
-        (self.status, self.stdin.pipe, self.stdout.pipe, self.stderr.pipe) = (None, None, None, None);
+        (self.stdin.pipe, self.stdout.pipe, self.stderr.pipe) = (None, None, None);
         self.stdin.queue = VecDeque::new();
     }
 
@@ -144,7 +148,6 @@ impl Command {
         let end = self.exit.is_none().then(|| self.pidfd.as_fd());
         let stdin_events = if self.stdin.queue.is_empty() { 0 } else { libc::POLLOUT };
         [
-            sys::slot(self.status.as_ref().map(AsFd::as_fd), libc::POLLIN),
             sys::slot(end, libc::POLLIN),
             sys::slot(self.stdin.pipe.as_ref().map(AsFd::as_fd), stdin_events),
             self.stdout.slot(room),
@@ -161,15 +164,12 @@ impl Command {
     pub fn serve(&mut self, ready: &[PollSlot], outbox: &mut Outbox) -> bool {
         let is_ready = |at: usize| ready.get(at).is_some_and(|slot| slot.revents != 0);
         if is_ready(0) {
-            self.read_status();
-        }
-        if is_ready(1) {
             self.reap();
         }
-        if is_ready(2) {
-            self.drain_stdin(ready[2].revents, outbox);
+        if is_ready(1) {
+            self.drain_stdin(ready[1].revents, outbox);
         }
-        for (at, output) in [(3, &mut self.stdout), (4, &mut self.stderr)] {
+        for (at, output) in [(2, &mut self.stdout), (3, &mut self.stderr)] {
             if is_ready(at) && output.pump(self.stream, outbox) {
                 self.last_activity = Instant::now();
             }
@@ -178,15 +178,6 @@ impl Command {
             self.stop_lingering(outbox);
         }
         self.finish(outbox)
-    }
-
-    fn read_status(&mut self) {
-        let Some(status) = self.status.take() else { return };
-        let mut report = [0; STATUS_BYTES];
-        if let Ok(STATUS_BYTES) = nix::unistd::read(status.as_raw_fd(), &mut report) {
-            let [step, e0, e1, e2, e3] = report;
-            self.stillborn = Some((step, i32::from_le_bytes([e0, e1, e2, e3])));
-        }
     }
 
     fn reap(&mut self) {
@@ -231,7 +222,7 @@ impl Command {
 
     fn stdin_closed(&mut self, outbox: &mut Outbox) {
         self.stdin.pipe = None;
-        let is_news = !self.stdin.eof && self.exit.is_none() && self.stillborn.is_none();
+        let is_news = !self.stdin.eof && self.exit.is_none();
         if is_news {
             outbox.push(&GuestFrame::StdinClosed { stream: self.stream });
         }
@@ -270,26 +261,11 @@ impl Command {
 
     fn finish(&mut self, outbox: &mut Outbox) -> bool {
         let output_open = self.stdout.pipe.is_some() || self.stderr.pipe.is_some();
-        let Some(exit) = self.exit.filter(|_| self.status.is_none() && !output_open) else { return false };
+        let Some(exit) = self.exit.filter(|_| !output_open) else { return false };
         if !self.abandoned {
-            outbox.push(&self.epitaph(exit));
+            outbox.push(&GuestFrame::Exited { stream: self.stream, exit });
         }
         true
-    }
-
-    fn epitaph(&self, exit: Exit) -> GuestFrame {
-        let stream = self.stream;
-        let exit = match self.stillborn {
-            None => exit,
-            Some((STEP_EXEC, errno @ (libc::ENOENT | libc::ENOTDIR))) => Exit::NotFound(errno as u32),
-            Some((STEP_EXEC, errno)) => Exit::NotExecutable(errno as u32),
-            Some((step, errno)) => {
-                let name = CHILD_STEPS.get(usize::from(step)).unwrap_or(&"unknown step");
-                let failure = Failure::system(*name, std::io::Error::from_raw_os_error(errno));
-                return GuestFrame::Failed { stream, failed: failure.into_frame(Some(Op::Exec)) };
-            }
-        };
-        GuestFrame::Exited { stream, exit }
     }
 }
 
@@ -326,6 +302,24 @@ impl Output {
             kind::STDOUT => GuestFrame::StdoutEof { stream },
             _ => GuestFrame::StderrEof { stream },
         });
+    }
+}
+
+impl From<LaunchError> for NotStarted {
+    fn from(error: LaunchError) -> Self {
+        match error {
+            LaunchError::Step(step, error) => Self::Failure(Failure::system(step, error)),
+            LaunchError::Exec(error) => match error.raw_os_error().unwrap_or(0) {
+                errno @ (libc::ENOENT | libc::ENOTDIR) => Self::Exit(Exit::NotFound(errno as u32)),
+                errno => Self::Exit(Exit::NotExecutable(errno as u32)),
+            },
+        }
+    }
+}
+
+impl From<Failure> for NotStarted {
+    fn from(failure: Failure) -> Self {
+        Self::Failure(failure)
     }
 }
 

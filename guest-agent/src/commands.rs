@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use qrexec::{Exec, GuestFrame, HostFrame, Op, ProtocolError, STREAMS_MAX};
 
-use crate::command::{Command, SLOTS};
+use crate::command::{Command, NotStarted, SLOTS};
 use crate::failure::Failure;
 use crate::outbox::{Outbox, ROOM};
 use crate::place::Place;
@@ -64,11 +64,12 @@ impl Commands {
         let started = if self.running.len() < STREAMS_MAX {
             Command::start(stream, exec, place, keep)
         } else {
-            Err(Failure::ours("start a process", libc::EAGAIN, "64 commands are running"))
+            Err(Failure::ours("start a process", libc::EAGAIN, "64 commands are running").into())
         };
         match started {
             Ok(command) => self.running.push(command),
-            Err(failure) => {
+            Err(NotStarted::Exit(exit)) => outbox.push(&GuestFrame::Exited { stream, exit }),
+            Err(NotStarted::Failure(failure)) => {
                 outbox.push(&GuestFrame::Failed { stream, failed: failure.into_frame(Some(Op::Exec)) })
             }
         }

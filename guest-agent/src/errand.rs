@@ -151,7 +151,8 @@ impl Errand {
 
     /// When it has to be looked at even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        self.deadline.into_iter().chain(self.commands.deadline()).min()
+        let now = (self.outbox.waiting() > 0).then(Instant::now);
+        self.deadline.into_iter().chain(self.commands.deadline()).chain(now).min()
     }
 
     /// Goes on. `Some`: it is over.
@@ -263,7 +264,8 @@ mod tests {
         loop {
             let mut slots = Vec::new();
             errand.watch(&mut slots);
-            sys::poll(&mut slots, Some(1000)).step(|| "poll")?;
+            let left = errand.deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            sys::poll(&mut slots, left.map(|left| left.as_millis() as u32 + 1)).step(|| "poll")?;
             if let Some(result) = errand.serve(&mut &slots[..], &place) {
                 return result;
             }
@@ -298,5 +300,7 @@ mod tests {
         assert_eq!(failed.message, "to stdout\nto stderr\n");
         let failed = run(hook(b"no script at all")).expect_err("fails").into_frame(None);
         assert!(failed.step.contains("NotExecutable"), "{}", failed.step);
+        let failed = run(hook(b"#!/no/such/shell\n")).expect_err("fails").into_frame(None);
+        assert!(failed.step.contains("NotFound"), "{}", failed.step);
     }
 }

@@ -8,8 +8,8 @@
 //! run), `cgroup` (the freezer), `port`, `agent` (the loop), `commands`, `command`, `outbox` (what runs), `errand` (prerun and
 //! rehearsal), `identity`, `power`, `sys` (all unsafe code).
 
-#[cfg(not(target_pointer_width = "64"))]
-compile_error!("the structures in sys.rs are those of 64-bit kernels");
+#[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64")))]
+compile_error!("sys.rs starts processes by x86-64 assembly, and its structures are those of 64-bit kernels");
 
 pub mod account;
 pub mod agent;

@@ -79,7 +79,6 @@ impl Place {
         exec: Exec,
         stdio: [BorrowedFd<'a>; 3],
         keep: Option<BorrowedFd<'a>>,
-        status: BorrowedFd<'a>,
     ) -> Launch<'a> {
         let (account, mut env) = match exec.user {
             User::User => (&self.user, self.user_env.clone()),
@@ -102,7 +101,6 @@ impl Place {
             keep,
             resets_oom: self.resets_oom,
             cgroup: self.cgroup.as_ref().map(AsFd::as_fd),
-            status,
         }
     }
 }

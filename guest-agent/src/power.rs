@@ -36,7 +36,9 @@ pub fn shut_down() -> Result<(), Failure> {
 /// `MemFree` of proc(5), there in KiB.
 fn free_bytes() -> Result<u64, Failure> {
     let text = fs::read_to_string("/proc/meminfo").step(|| "read /proc/meminfo")?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("MemFree:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemFree:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
     Ok(kib.unwrap_or(0) << 10)
 }
 

@@ -2,12 +2,19 @@
 //!
 //! Invariants: between `clone3` and `execve` the child makes system calls and nothing else: no allocation, no lock, no libc function
 //! with state; everything it needs was prepared before. A `Launch` owns what its pointers point into.
+//!
+//! The child shares the agent's memory and the agent waits until it has become the command, as with vfork: an emulated guest pays for each
+//! piece of code it runs for the first time, and copying an address space to tear the copy down again is a twentieth of what a
+//! launch runs (counted in QEMU's translation blocks). `posix_spawn` does the same, but can't put the child in a cgroup.
 
-use std::ffi::{c_char, c_int, c_long, c_ulong, CString};
+use std::ffi::{c_char, c_int, c_ulong, CString};
+use std::fs::File;
 use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem::{size_of, MaybeUninit};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
+
+use memmap2::{MmapMut, MmapOptions};
 
 /// A slot of poll; a negative `fd` is ignored.
 pub type PollSlot = libc::pollfd;
@@ -73,54 +80,116 @@ pub struct Launch<'a> {
     pub resets_oom: bool,
     /// The cgroup to be born in.
     pub cgroup: Option<BorrowedFd<'a>>,
-    /// Where a failure is written to; closed by a successful exec.
-    pub status: BorrowedFd<'a>,
 }
 
-/// The steps of a child, as the first byte of its status tells them; four bytes of errno follow.
-pub const CHILD_STEPS: [&str; 7] = ["setsid", "dup2", "setgroups", "setgid", "setuid", "chdir", "execve"];
-/// Bytes of a status.
-pub const STATUS_BYTES: usize = 5;
-/// The step after which there is no such command, or none that can be executed.
-pub const STEP_EXEC: u8 = 6;
+/// Why there is no command.
+#[derive(Debug)]
+pub enum LaunchError {
+    /// There is no such command, or none that can be executed.
+    Exec(io::Error),
+    /// This step before it failed.
+    Step(&'static str, io::Error),
+}
 
-/// Starts the child. Never waits for it: whether it became the command is told on `status`.
-pub fn launch(launch: &Launch<'_>) -> io::Result<(i32, OwnedFd)> {
+/// Starts the command; when this returns it runs. Gives its process number and a descriptor of it.
+pub fn launch(launch: &Launch<'_>) -> Result<(i32, OwnedFd), LaunchError> {
     let mut pidfd: c_int = -1;
+    let mut stack = MaybeUninit::<ChildStack>::uninit();
+    let mut child = Child { launch, failed: None };
     // SAFETY: `clone_args` is a plain struct of integers, for which zero means "not asked for".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = libc::CLONE_PIDFD as u64;
+    args.flags = (libc::CLONE_PIDFD | libc::CLONE_VM | libc::CLONE_VFORK) as u64;
     args.pidfd = ptr::from_mut(&mut pidfd) as u64;
     args.exit_signal = libc::SIGCHLD as u64;
+    args.stack = stack.as_mut_ptr() as u64;
+    args.stack_size = STACK_BYTES as u64;
     if let Some(cgroup) = launch.cgroup {
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = cgroup.as_raw_fd() as u64;
     }
-    // SAFETY: without CLONE_VM the child has its own copy of this memory and stack, as after fork; `args` outlives the call, the
-    // kernel writes one int to `pidfd`.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) };
-    match pid {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: this is the new process, and `launch` is its own copy, complete.
-        0 => unsafe { child(launch) },
-        // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
-        pid => Ok((pid as i32, unsafe { OwnedFd::from_raw_fd(pidfd) })),
+    let result: i64;
+    // SAFETY: the child shares this memory, and this thread is suspended until the child has called execve or _exit, so `args`,
+    // `child` and `stack` outlive its use of them and nobody else uses them meanwhile. It starts right after the system call with
+    // rsp at the 16-aligned end of `stack`, where the call pushes a return address as the ABI wants it; `run_child` never returns.
+    // The parent comes back with all registers but rax, rcx and r11 as they were.
+    unsafe {
+        std::arch::asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => result,
+            in("rdi") ptr::from_mut(&mut args),
+            in("rsi") size_of::<libc::clone_args>(),
+            in("r12") ptr::from_mut(&mut child),
+            in("r13") run_child as unsafe extern "C" fn(*mut Child<'_>) -> !,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    if result < 0 {
+        return Err(LaunchError::Step("clone3", io::Error::from_raw_os_error(-result as i32)));
+    }
+    let pid = result as i32;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    // SAFETY: `failed` may have been written behind the compiler's back; `child` is alive and no longer shared.
+    match unsafe { ptr::read_volatile(&child.failed) } {
+        None => Ok((pid, pidfd)),
+        Some((step, errno)) => {
+            // SAFETY: the child has called _exit, so this waits for nothing but its last few instructions.
+            unsafe { libc::waitpid(pid, ptr::null_mut(), 0) };
+            let error = io::Error::from_raw_os_error(errno);
+            Err(if step == EXEC { LaunchError::Exec(error) } else { LaunchError::Step(step, error) })
+        }
     }
 }
 
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+const EXEC: &str = "execve";
+/// The child's frames are small: a few system calls deep.
+const STACK_BYTES: usize = 16 << 10;
+
+#[repr(C, align(16))]
+struct ChildStack(#[allow(dead_code)] [u8; STACK_BYTES]);
+
+struct Child<'a> {
+    launch: &'a Launch<'a>,
+    failed: Option<(&'static str, i32)>,
+}
 
 /// # Safety
-/// Only in a process of its own, just made by `clone3` without CLONE_VM.
-unsafe fn child(launch: &Launch<'_>) -> ! {
-    let status = launch.status.as_raw_fd();
-    // SAFETY: all pointers below point into `launch`, whose strings end with NUL and whose arrays end with NULL; the calls are
-    // raw system calls or thin wrappers of one, and those that change ids are raw because libc's would signal threads that this
-    // process does not have.
+/// Only as the first function of a child of [`launch`], with its `Child`.
+unsafe extern "C" fn run_child(child: *mut Child<'_>) -> ! {
+    // SAFETY: the parent is suspended, so this is the only reference. All pointers below point into `launch`, whose strings end with NUL
+    // and whose arrays end with NULL; the calls are raw system calls or thin wrappers of one, and those that change ids are
+    // raw because libc's would change the parent's idea of its threads. _exit runs no handlers of the parent's.
     unsafe {
-        check(status, 0, libc::setsid() as c_long);
+        let child = &mut *child;
+        let step = become_command(child.launch);
+        ptr::write_volatile(&mut child.failed, Some((step, *libc::__errno_location())));
+        libc::_exit(127)
+    }
+}
+
+/// Becomes the command, or returns the step that failed, with errno set.
+///
+/// # Safety
+/// Only in a child of [`launch`].
+unsafe fn become_command(launch: &Launch<'_>) -> &'static str {
+    // SAFETY: see `run_child`.
+    unsafe {
+        if libc::setsid() == -1 {
+            return "setsid";
+        }
         for (target, source) in launch.stdio.iter().enumerate() {
-            check(status, 1, libc::dup2(source.as_raw_fd(), target as c_int) as c_long);
+            if libc::dup2(source.as_raw_fd(), target as c_int) == -1 {
+                return "dup2";
+            }
         }
         libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
         if let Some(keep) = launch.keep {
@@ -134,42 +203,32 @@ unsafe fn child(launch: &Launch<'_>) -> ! {
             libc::write(adjust, c"0".as_ptr().cast(), 1);
         }
         if let Some((uid, gid, groups)) = &launch.become_user {
-            check(status, 2, libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()));
-            check(status, 3, libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid));
-            check(status, 4, libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid));
+            if libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) == -1 {
+                return "setgroups";
+            }
+            if libc::syscall(libc::SYS_setresgid, *gid, *gid, *gid) == -1 {
+                return "setgid";
+            }
+            if libc::syscall(libc::SYS_setresuid, *uid, *uid, *uid) == -1 {
+                return "setuid";
+            }
         }
-        let entered = launch.folders.iter().any(|folder| libc::chdir(folder.as_ptr()) == 0);
-        check(status, 5, if entered { 0 } else { -1 });
-
+        if !launch.folders.iter().any(|folder| libc::chdir(folder.as_ptr()) == 0) {
+            return "chdir";
+        }
         let mut denied = false;
         for candidate in &launch.candidates {
             libc::execve(candidate.as_ptr(), launch.argv.pointers.as_ptr(), launch.env.pointers.as_ptr());
             match *libc::__errno_location() {
                 libc::ENOENT | libc::ENOTDIR => {}
                 libc::EACCES => denied = true,
-                _ => break,
+                _ => return EXEC,
             }
         }
         if denied {
             *libc::__errno_location() = libc::EACCES;
         }
-        check(status, STEP_EXEC, -1);
-        libc::_exit(127)
-    }
-}
-
-/// # Safety
-/// As for [`child`].
-unsafe fn check(status: RawFd, step: u8, result: c_long) {
-    if result != -1 {
-        return;
-    }
-    // SAFETY: errno is this thread's own; the report lives on this stack; _exit runs no handlers of the parent's.
-    unsafe {
-        let [e0, e1, e2, e3] = (*libc::__errno_location()).to_le_bytes();
-        let report: [u8; STATUS_BYTES] = [step, e0, e1, e2, e3];
-        libc::write(status, report.as_ptr().cast(), report.len());
-        libc::_exit(127)
+        EXEC
     }
 }
 
@@ -257,6 +316,13 @@ pub fn route_ioctl(
     route.device = device.as_ptr() as usize;
     // SAFETY: SIOCADDRT reads one `struct rtentry`, which `route` is by layout, and up to 15 bytes of the name, which lives as long.
     check_errno(unsafe { libc::ioctl(socket.as_raw_fd(), request as _, &route) })
+}
+
+/// Maps the first `length` bytes of a file, shared, for writing. Legal only while nobody else can truncate the file: a store to a page
+/// that is gone would kill the agent.
+pub fn map_file(file: &File, length: usize) -> io::Result<MmapMut> {
+    // SAFETY: the mapping is only ever stored to; whoever else could change the file is frozen, by this function's contract.
+    unsafe { MmapOptions::new().len(length).map_mut(file) }
 }
 
 /// Switches the machine off at once. Returns only on failure.

@@ -77,7 +77,8 @@ pub enum GuestFrame {
     StdinCredit { stream: u32, bytes: u32 },
     /// The command has closed its stdin; what is still sent is dropped, and credited.
     StdinClosed { stream: u32 },
-    /// The command has ended and its output is complete: the stream's last frame.
+    /// The command has ended and its output is complete: the stream's last frame. For a command that never ran (there is none, or it can't
+    /// be executed) it is the only one: no ends of output come before it.
     Exited { stream: u32, exit: Exit },
 }
 

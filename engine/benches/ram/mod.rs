@@ -8,6 +8,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use engine::savefile::{HostIdentity, Manifest, SCHEMA};
 use engine::units::{ByteCount, PAGE_SIZE};
 
 const SOURCES: [&str; 4] = ["/usr/bin", "/usr/lib/x86_64-linux-gnu", "/usr/share", "/usr/lib/python3"];
@@ -72,4 +73,28 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
             _ => Vec::new(),
         })
         .collect()
+}
+
+/// A manifest that says nothing but the size.
+pub fn manifest(size: ByteCount) -> Manifest {
+    let text = String::new;
+    let host = HostIdentity { kind: text(), version: text(), machine: text(), cpu_model: text(), accel: text() };
+    Manifest {
+        schema: SCHEMA,
+        template: text(),
+        template_generation: 1,
+        template_root: text(),
+        dvm: text(),
+        generation: 1,
+        kernel_hash: text(),
+        initrd_hash: text(),
+        host,
+        memory_bytes: size.0,
+        vcpus: 1,
+        volumes: Vec::new(),
+        settings_hash: text(),
+        agent_version: text(),
+        created: 0,
+        working_set: Vec::new(),
+    }
 }

@@ -2,12 +2,15 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use std::fs::File;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use engine::image::hot::StackDelta;
 use engine::savefile::{
-    self, DeviceState, Error, HostIdentity, ImageId, ImageInput, ImageOutput, Manifest, ReadBackend, Savefile, Scope,
-    VolumeInfo, Written,
+    self, DeviceState, Error, HostIdentity, ImageId, ImageInput, ImageOutput, Manifest, PageMap, ReadBackend, Savefile,
+    Scope, VolumeInfo, Written,
 };
 use engine::units::{ByteCount, PageCount, PageIndex, PageRange, PAGE_BYTES};
 
@@ -79,7 +82,7 @@ pub struct Guest {
 
 impl Guest {
     pub fn small() -> Guest {
-        use Page::{Fill, Hole, Noise, Zeros};
+        use Page::{Fill, Hole, Zeros};
         let mut memory = vec![Hole; 16];
         memory[1] = Fill(1);
         memory[2] = Zeros;
@@ -87,9 +90,14 @@ impl Guest {
         memory[9] = Fill(1);
         let mut root = vec![Hole; 8];
         root[3] = Fill(2);
-        root[4] = Noise(1);
+        root[4] = Fill(3);
         let changed = vec![PageRange::new(2, 3)];
         Guest { memory, root, changed, working_set: vec![] }
+    }
+
+    /// A guest of so many pages that do not compress.
+    pub fn incompressible(pages: u64) -> Guest {
+        Guest { memory: (0..pages).map(Page::Noise).collect(), ..Guest::small() }
     }
 
     pub fn manifest(&self) -> Manifest {
@@ -167,4 +175,26 @@ pub fn decode(savefile: &Savefile, backend: ReadBackend) -> Result<(Vec<u8>, Vec
         [ImageOutput { id: &ImageId::Memory, file: &memory_file }, ImageOutput { id: &root, file: &root_file }];
     savefile.decode(&outputs, backend, &savefile::silent)?;
     Ok((content(&memory_file), content(&root_file)))
+}
+
+/// A host whose overlays are plain copies.
+#[derive(Debug, Default)]
+pub struct StackRaw {
+    pub fails: bool,
+    pub calls: AtomicUsize,
+}
+
+impl StackDelta for StackRaw {
+    fn stack(&self, volume: &VolumeInfo, map: &PageMap, raw: &File, mut out: &File) -> io::Result<()> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(*map.image(), ImageId::Volume(volume.name.clone()));
+        if self.fails {
+            return Err(io::Error::other("the host cannot"));
+        }
+        out.write_all(&content(raw))
+    }
+
+    fn file_name(&self, volume: &str) -> String {
+        format!("{volume}.raw")
+    }
 }

@@ -1,6 +1,6 @@
 //! Becoming a machine of one's own: entropy, clock, names, NIC, in this order, before anything else runs.
 //!
-//! Invariants: what it takes is open before the freeze (a [`Kit`]): a restored guest does the fewest steps that can be done. No
+//! Invariants: what it takes is open, mapped and parked before the capture (a [`Kit`]): a restored guest does the fewest steps that can be done. No
 //! process is started, nothing is synced. Each failing step names itself.
 
 mod etc;
@@ -32,6 +32,12 @@ impl Kit {
     pub fn open() -> Result<Self, Failure> {
         let random = OpenOptions::new().write(true).open("/dev/random").step(|| "open /dev/random")?;
         Ok(Self { random, etc: Etc::open(Path::new("/etc"))?, nic: Nic::find()? })
+    }
+
+    /// Makes ready for the quickest change of identity. Legal once everything else is frozen.
+    pub fn poise(&mut self) -> Result<(), Failure> {
+        self.etc.poise()?;
+        self.nic.as_mut().map_or(Ok(()), Nic::park)
     }
 
     /// Takes the identity on.

@@ -1,0 +1,37 @@
+# Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
+.PHONY: demo test bench bench-short lint setup build guests help
+
+# Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
+CARGO ?= cargo
+
+help:
+	@echo 'make demo   a real Debian guest, captured and relaunched as disposables'
+	@echo 'make test   all tests'
+	@echo 'make bench  benches; make bench-short for their short mode'
+	@echo 'make lint   clippy with warnings denied, rustfmt'
+
+setup:
+	@tools/setup.sh
+
+build: setup
+	@$(CARGO) build --release --workspace --bins
+
+guests: build
+	@fixtures/build-all.sh target
+
+demo: build
+	@fixtures/build-all.sh target debian
+	@fixtures/demo.sh
+
+test: guests
+	@$(CARGO) test --release --workspace
+
+bench: guests
+	@$(CARGO) run --release -q -p benches --bin launch-bench -- --full
+
+bench-short: guests
+	@$(CARGO) run --release -q -p benches --bin launch-bench -- --short
+
+lint: setup
+	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	@$(CARGO) fmt --all -- --check
