@@ -1,1 +1,5 @@
-//! See ARCHITECTURE.md.
+//! What the benches share: the guests they measure, medians, and the table.
+
+pub mod guests;
+pub mod stats;
+pub mod table;

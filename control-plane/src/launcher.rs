@@ -38,6 +38,8 @@ pub struct Request {
     pub exec: Exec,
     /// When the request came.
     pub start: Instant,
+    /// Whether a missing or stale savefile is rebuilt meanwhile.
+    pub rebuild: bool,
 }
 
 /// What came of it.
@@ -87,7 +89,7 @@ pub fn run(state: &State, settings: &Settings, request: Request, say: &dyn Fn(&s
     clones::sweep(state)?;
     let guest = Guest::load(state, &request.dvm)?;
     let host = machine::host(state, settings, &guest.spec.kernel)?;
-    let image = ready_image(state, &guest, &*host, say)?;
+    let image = ready_image(state, &guest, &*host, request.rebuild, say)?;
     let generation = image.as_ref().map(|(generation, ..)| *generation);
     let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
@@ -117,10 +119,15 @@ fn ready_image(
     state: &State,
     guest: &Guest,
     host: &dyn Host,
+    rebuild: bool,
     say: &dyn Fn(&str),
 ) -> Result<Option<(u64, String, HotFiles)>> {
     match savefiles::ready(state, guest, host)? {
         Readiness::Ready { generation, root_hash, files } => Ok(Some((generation, root_hash, files))),
+        Readiness::Not { reason } if !rebuild => {
+            say(&format!("{reason}; booting cold"));
+            Ok(None)
+        }
         Readiness::Not { reason } => {
             say(&format!("{reason}; booting cold, a savefile is being built for the next launch"));
             if let Err(error) = start_rebuild(state, guest) {

@@ -12,9 +12,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use engine::image::hot::{HotImage, StackDelta};
-use engine::savefile::{
-    self, DeviceState, ImageId, ImageInput, PageMap, ReadBackend, Savefile, Scope, VolumeInfo,
-};
+use engine::savefile::{self, DeviceState, ImageId, ImageInput, PageMap, ReadBackend, Scope, VolumeInfo};
 use engine::units::ByteCount;
 
 type Failure = Box<dyn std::error::Error>;
@@ -137,7 +135,10 @@ impl Race {
         let ours = median(&mut self.ours);
         match self.theirs.into_iter().collect::<Option<Vec<_>>>().map(|mut theirs| median(&mut theirs)) {
             Some(theirs) => {
-                println!("{what}: ours {ours:.3} s, zstd and b3sum {theirs:.3} s, {:.2} times as fast", theirs / ours);
+                println!(
+                    "{what}: ours {ours:.3} s, zstd and b3sum {theirs:.3} s, {:.2} times as fast",
+                    theirs / ours
+                );
             }
             None => println!("{what}: ours {ours:.3} s; zstd or b3sum is missing"),
         }
@@ -152,7 +153,11 @@ fn median(times: &mut [Duration]) -> f64 {
 fn sizes(folder: &Path) -> Result<(), Failure> {
     let ours = fs::metadata(folder.join("ours"))?.len();
     match fs::metadata(folder.join("theirs.zst")) {
-        Ok(theirs) => println!("size: ours {ours}, zstd's {}, {:.3} of it", theirs.len(), ours as f64 / theirs.len() as f64),
+        Ok(theirs) => println!(
+            "size: ours {ours}, zstd's {}, {:.3} of it",
+            theirs.len(),
+            ours as f64 / theirs.len() as f64
+        ),
         Err(_) => println!("size: ours {ours}"),
     }
     Ok(())

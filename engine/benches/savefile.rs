@@ -2,6 +2,8 @@
 //!
 //! `cargo bench -p engine --bench savefile`. Under `cargo test` each runs once on a tiny image, so that they cannot rot.
 
+#![allow(missing_docs)] // criterion's macro makes public functions
+
 mod ram;
 
 use std::fs::File;

@@ -78,7 +78,8 @@ impl<'f> ReadRing<'f> {
     ///
     /// Errors: `len` is longer than the buffer; the ring takes no more. The buffer is then dropped.
     pub fn submit(&mut self, buffer: Buffer, tag: usize, offset: ByteOffset, len: usize) -> io::Result<()> {
-        if len > buffer.memory.len() || self.reads.get(usize::from(buffer.index)).is_none_or(Option::is_some) {
+        if len > buffer.memory.len() || self.reads.get(usize::from(buffer.index)).is_none_or(Option::is_some)
+        {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         self.start(Read { buffer, tag, offset, wanted: len, done: 0 })
@@ -90,7 +91,9 @@ impl<'f> ReadRing<'f> {
     pub fn wait(&mut self) -> io::Result<(usize, Buffer, io::Result<()>)> {
         loop {
             let (index, result) = self.next_completion()?;
-            let Some(mut read) = self.reads.get_mut(usize::from(index)).and_then(Option::take) else { continue };
+            let Some(mut read) = self.reads.get_mut(usize::from(index)).and_then(Option::take) else {
+                continue;
+            };
             self.in_flight -= 1;
             let outcome = match result {
                 0 if read.done < read.wanted => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -177,7 +180,10 @@ impl Drop for ReadRing<'_> {
 fn register(ring: &IoUring, buffers: &mut [Buffer]) -> io::Result<()> {
     let vectors: Vec<libc::iovec> = buffers
         .iter_mut()
-        .map(|buffer| libc::iovec { iov_base: buffer.memory.as_mut_ptr().cast(), iov_len: buffer.memory.len() })
+        .map(|buffer| libc::iovec {
+            iov_base: buffer.memory.as_mut_ptr().cast(),
+            iov_len: buffer.memory.len(),
+        })
         .collect();
     // SAFETY: every vector covers exactly one live anonymous mapping. Registration makes the kernel take its own reference to
     // those pages, so a buffer dropped before the ring unmaps them here but does not free them under the kernel; and the kernel

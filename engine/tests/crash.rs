@@ -109,7 +109,8 @@ fn child_admits_and_evicts() {
     let root = savefile::peek(&path, None).unwrap().root;
     loop {
         let hot = folder.join("hot");
-        HotImage::admit(&path, &root, &hot, &StackRaw::default(), ReadBackend::Ring, &savefile::silent).unwrap();
+        HotImage::admit(&path, &root, &hot, &StackRaw::default(), ReadBackend::Ring, &savefile::silent)
+            .unwrap();
         HotImage::evict(&hot, &root).unwrap();
     }
 }
@@ -127,7 +128,8 @@ fn an_admission_killed_at_any_instant_leaves_a_whole_hot_image_or_none() {
         let found = HotImage::find(&hot, &root).unwrap();
         assert!(found.is_none_or(|image| common::content(&image.files.memory) == guest.memory_bytes()));
         let stack = StackRaw::default();
-        let image = HotImage::admit(&path, &root, &hot, &stack, ReadBackend::Ring, &savefile::silent).unwrap();
+        let image =
+            HotImage::admit(&path, &root, &hot, &stack, ReadBackend::Ring, &savefile::silent).unwrap();
         assert!(common::content(&image.files.memory) == guest.memory_bytes());
         assert_eq!(names(&hot).len(), 2, "the lock and the set: {:?}", names(&hot));
     }
@@ -177,7 +179,8 @@ fn child_fills_its_file_system() {
     let large = folder.join("large.save");
     let large_root = zeros.write(&large).unwrap().root;
     let (hot, stack) = (folder.join("hot"), StackRaw::default());
-    let admit = |path: &Path, root| HotImage::admit(path, root, &hot, &stack, ReadBackend::Ring, &savefile::silent);
+    let admit =
+        |path: &Path, root| HotImage::admit(path, root, &hot, &stack, ReadBackend::Ring, &savefile::silent);
     admit(&path, &root).expect("the small one fits");
     let err = admit(&large, &large_root).unwrap_err();
     assert!(err.is_disk_full(), "{err}");

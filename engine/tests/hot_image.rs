@@ -127,7 +127,9 @@ fn a_replaced_or_damaged_savefile_is_not_admitted_and_the_admitted_set_serves_on
     fs::remove_file(&sample.path).unwrap();
     fs::write(&sample.path, &bytes).unwrap();
 
-    assert!(content(&sample.admit(&StackRaw::default()).unwrap().files.memory) == sample.guest.memory_bytes());
+    assert!(
+        content(&sample.admit(&StackRaw::default()).unwrap().files.memory) == sample.guest.memory_bytes()
+    );
     HotImage::evict(&sample.hot, &sample.root).unwrap();
     let err = sample.admit(&StackRaw::default()).unwrap_err();
     assert!(err.is_bad_savefile(), "{err}");

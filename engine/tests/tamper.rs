@@ -204,7 +204,9 @@ fn a_well_sealed_header_with_wild_fields_is_refused_without_a_panic_or_a_large_a
     let sample = Sample::new();
     let wild = [1, 2, 63, 4095, 4096, 1 << 20, u32::MAX as u64, 1 << 40, u64::MAX - 4096, u64::MAX];
     let sections = 6;
-    for place in (12..HEADER_LEN.min(128 + 64 * (sections + 1))).step_by(4).filter(|at| !(32..64).contains(at)) {
+    for place in
+        (12..HEADER_LEN.min(128 + 64 * (sections + 1))).step_by(4).filter(|at| !(32..64).contains(at))
+    {
         for value in wild {
             let mut bytes = sample.bytes.clone();
             let width = if place % 8 == 0 { 8 } else { 4 };

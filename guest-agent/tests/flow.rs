@@ -58,19 +58,22 @@ fn sixty_four_mebibytes_go_through_cat() {
 /// Takes output without giving credit, and insists that it stops at the window.
 fn take_without_credit(host: &mut Host, stream: u32) {
     let mut taken = 0;
-    let mut take = |frame: GuestFrame| match frame {
-        GuestFrame::Stdout { stream: from, bytes } if from == stream => taken += bytes.len(),
-        GuestFrame::StdinClosed { .. } | GuestFrame::StderrEof { .. } => {}
-        other => panic!("unexpected: {other:?}"),
-    };
-    std::thread::sleep(Duration::from_millis(300));
-    host.say(HostFrame::Ping(5));
-    loop {
+    let mut hear_until = |host: &mut Host, end: &dyn Fn(usize, bool) -> bool| loop {
+        let mut ponged = false;
         match host.hear() {
-            GuestFrame::Pong(5) => break,
-            frame => take(frame),
+            GuestFrame::Stdout { stream: from, bytes } if from == stream => taken += bytes.len(),
+            GuestFrame::StdinClosed { .. } | GuestFrame::StderrEof { .. } => {}
+            GuestFrame::Pong(5) => ponged = true,
+            other => panic!("unexpected: {other:?}"),
         }
-    }
+        if end(taken, ponged) {
+            return;
+        }
+    };
+    hear_until(host, &|taken, _| taken >= INITIAL_WINDOW as usize);
+    std::thread::sleep(Duration::from_millis(100));
+    host.say(HostFrame::Ping(5));
+    hear_until(host, &|_, ponged| ponged);
     assert_eq!(taken, INITIAL_WINDOW as usize);
 }
 

@@ -1,6 +1,5 @@
 //! `dispvm-launch`: a command in a fresh disposable VM, which is destroyed when the command ends.
 
-use std::cell::Cell;
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::process::ExitCode;
@@ -34,6 +33,9 @@ struct Options {
     /// Print one JSON object about the launch on standard error
     #[arg(long)]
     json: bool,
+    /// Do not start building the savefile that was missing or stale
+    #[arg(long)]
+    no_rebuild: bool,
     /// Run this qrexec service instead of a command
     #[arg(long, value_name = "SERVICE[+ARG]", conflicts_with = "command")]
     service: Option<String>,
@@ -72,12 +74,8 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
     let state = options.common.state()?;
     let dvm = options.dvm.clone().map_or_else(|| qube::default_dvm(&state), Ok)?;
     let exec = exec(options)?;
-    let said = Cell::new(false);
-    let say = |text: &str| {
-        said.set(true);
-        eprintln!("dispvm-launch: {text}");
-    };
-    launcher::run(&state, &settings()?, Request { dvm, exec, start }, &say)
+    let say = |text: &str| eprintln!("dispvm-launch: {text}");
+    launcher::run(&state, &settings()?, Request { dvm, exec, start, rebuild: !options.no_rebuild }, &say)
 }
 
 fn exec(options: &Options) -> Result<Exec> {

@@ -78,7 +78,8 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
 /// A manifest that says nothing but the size.
 pub fn manifest(size: ByteCount) -> Manifest {
     let text = String::new;
-    let host = HostIdentity { kind: text(), version: text(), machine: text(), cpu_model: text(), accel: text() };
+    let host =
+        HostIdentity { kind: text(), version: text(), machine: text(), cpu_model: text(), accel: text() };
     Manifest {
         schema: SCHEMA,
         template: text(),

@@ -24,8 +24,8 @@ use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
 use serde::{Deserialize, Serialize};
 
 use crate::savefile::{
-    is_volume_name, DeviceState, Error, ImageId, ImageOutput, Manifest, OnProgress, PageMap, ReadBackend, RootHash,
-    Savefile, VolumeInfo,
+    is_volume_name, DeviceState, Error, ImageId, ImageOutput, Manifest, OnProgress, PageMap, ReadBackend,
+    RootHash, Savefile, VolumeInfo,
 };
 
 const MEMORY: &str = "memory.img";
@@ -123,7 +123,8 @@ impl HotImage {
         fill(&aside.path, &savefile, stack, backend, progress)?;
         aside.commit(&hot_root.join(set_name(expected)?))?;
         let gone = io::Error::from(io::ErrorKind::NotFound);
-        HotImage::find(hot_root, expected)?.ok_or_else(|| Error::io("find the hot image just made in", hot_root)(gone))
+        HotImage::find(hot_root, expected)?
+            .ok_or_else(|| Error::io("find the hot image just made in", hot_root)(gone))
     }
 
     /// Removes the set of a savefile; answers whether there was one. Clones that run from it are not disturbed.
@@ -160,8 +161,8 @@ impl HotImage {
 fn open_set(dir: PathBuf, root: RootHash, mut index: File) -> Result<HotImage, Error> {
     let mut json = String::new();
     index.read_to_string(&mut json).map_err(Error::io("read the index of the hot image", &dir))?;
-    let index: Index =
-        serde_json::from_str(&json).map_err(|err| Error::io("read the index of the hot image", &dir)(err.into()))?;
+    let index: Index = serde_json::from_str(&json)
+        .map_err(|err| Error::io("read the index of the hot image", &dir)(err.into()))?;
     let open = |name: &str| {
         let path = dir.join(name);
         File::open(&path).map_err(Error::io("open the hot image's", &path))
@@ -189,7 +190,8 @@ fn fill(
 ) -> Result<(), Error> {
     let manifest = savefile.manifest();
     let maps = savefile.page_maps();
-    let outputs = maps.iter().map(|map| create_output(dir, savefile, map)).collect::<Result<Vec<_>, Error>>()?;
+    let outputs =
+        maps.iter().map(|map| create_output(dir, savefile, map)).collect::<Result<Vec<_>, Error>>()?;
     let decoded: Vec<ImageOutput> =
         maps.iter().zip(&outputs).map(|(map, file)| ImageOutput { id: map.image(), file }).collect();
     savefile.decode(&decoded, backend, progress)?;
@@ -207,7 +209,8 @@ fn fill(
             }
         }
     }
-    let index = Index { manifest: manifest.clone(), device_state_kind: kind, device_state_version: version, deltas };
+    let index =
+        Index { manifest: manifest.clone(), device_state_kind: kind, device_state_version: version, deltas };
     let json = serde_json::to_vec(&index).map_err(|err| Error::io("make the index of", dir)(err.into()))?;
     write_new(&dir.join(INDEX), &json)
 }
@@ -218,14 +221,19 @@ fn create_output(dir: &Path, savefile: &Savefile, map: &PageMap) -> Result<File,
     let len = map.pages().bytes().0;
     let file = match map.image() {
         ImageId::Memory if len != savefile.manifest().memory_bytes => {
-            let what = format!("its memory has {len} bytes, its manifest says {}", savefile.manifest().memory_bytes);
+            let what =
+                format!("its memory has {len} bytes, its manifest says {}", savefile.manifest().memory_bytes);
             return Err(Error::Mismatch { path: savefile.path().to_owned(), what });
         }
         ImageId::Memory => create_new(&path)?,
         ImageId::Volume(name) => {
             let name = std::ffi::CString::new(name.as_str()).unwrap_or_default();
             let memfd = memfd_create(&name, MemFdCreateFlag::MFD_CLOEXEC);
-            File::from(memfd.map_err(|errno| Error::io("make room in memory to decode", savefile.path())(errno.into()))?)
+            File::from(
+                memfd.map_err(|errno| {
+                    Error::io("make room in memory to decode", savefile.path())(errno.into())
+                })?,
+            )
         }
     };
     file.set_len(len).map_err(Error::io(format!("make room for {} of", map.image()), savefile.path()))?;
@@ -252,7 +260,9 @@ fn stack_delta(
         return Err(Error::io("name a delta", path)(io::ErrorKind::AlreadyExists.into()));
     }
     let out = create_new(path)?;
-    stack.stack(volume, map, raw, &out).map_err(Error::io(format!("stack volume {} into", volume.name), path))?;
+    stack
+        .stack(volume, map, raw, &out)
+        .map_err(Error::io(format!("stack volume {} into", volume.name), path))?;
     make_read_only(&out, path)
 }
 

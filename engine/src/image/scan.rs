@@ -220,7 +220,8 @@ pub fn is_zero(bytes: &[u8]) -> bool {
 /// A 64-bit fingerprint of a page: four independent lanes of a folded 64 × 64 → 128 bit product. Fast, not collision-proof:
 /// a guest can make collisions, which costs it the sharing of those pages and nothing else.
 pub fn fingerprint(page: &[u8]) -> u64 {
-    const KEYS: [u64; 4] = [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb, 0xd6e8_feb8_6659_fd93];
+    const KEYS: [u64; 4] =
+        [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb, 0xd6e8_feb8_6659_fd93];
     let mut lanes = KEYS;
     for block in page.chunks_exact(64) {
         for (lane, (pair, key)) in lanes.iter_mut().zip(block.chunks_exact(16).zip(KEYS)) {

@@ -35,7 +35,8 @@ impl Aside {
     pub fn create(target: &Path) -> Result<Aside, Error> {
         for attempt in 0..CREATE_ATTEMPTS {
             let temporary = temporary_name(target, attempt);
-            let opened = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary);
+            let opened =
+                OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary);
             let file = match opened {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => continue,
                 opened => opened.map_err(Error::io("create", &temporary))?,
@@ -67,7 +68,9 @@ impl Aside {
     /// Makes the file read-only, puts it on the disk, gives it its final name.
     pub fn commit(mut self) -> Result<(), Error> {
         let path = &self.temporary;
-        self.file.set_permissions(Permissions::from_mode(0o444)).map_err(Error::io("make read-only", path))?;
+        self.file
+            .set_permissions(Permissions::from_mode(0o444))
+            .map_err(Error::io("make read-only", path))?;
         self.file.sync_all().map_err(Error::io("write to the disk", path))?;
         fs::rename(path, &self.target).map_err(Error::io("rename to its final name", path))?;
         self.committed = true;
@@ -91,7 +94,9 @@ pub fn sweep(folder: &Path) -> Result<usize, Error> {
     for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
         let entry = entry.map_err(Error::io("list", folder))?;
         let path = entry.path();
-        if is_temporary(&entry.file_name()) && remove_if_abandoned(&path).map_err(Error::io("sweep", &path))? {
+        if is_temporary(&entry.file_name())
+            && remove_if_abandoned(&path).map_err(Error::io("sweep", &path))?
+        {
             swept += 1;
         }
     }
@@ -100,7 +105,9 @@ pub fn sweep(folder: &Path) -> Result<usize, Error> {
 
 /// Puts a folder's names on the disk.
 pub(crate) fn sync_folder(folder: &Path) -> Result<(), Error> {
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io("write to the disk the folder", folder))
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(Error::io("write to the disk the folder", folder))
 }
 
 fn remove_if_abandoned(path: &Path) -> io::Result<bool> {
@@ -112,7 +119,9 @@ fn remove_if_abandoned(path: &Path) -> io::Result<bool> {
     // The name may have been given to another file between open and lock; remove it only while it is this one.
     let (ours, named) = (locked.metadata()?, fs::symlink_metadata(path));
     match named {
-        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => fs::remove_file(path).map(|()| true),
+        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => {
+            fs::remove_file(path).map(|()| true)
+        }
         _ => Ok(false),
     }
 }

@@ -19,8 +19,8 @@ use super::chunk::{Chunk, Decoder};
 use super::error::{Error, Fault};
 use super::page_map::{ImageId, PageMap};
 use super::plan::{plan_decode, plan_verify, ChunkJob};
-use super::reader::Savefile;
 use super::progress::{watched, Meter, OnProgress, Step};
+use super::reader::Savefile;
 use crate::ring::{Buffer, ReadRing};
 use crate::units::{ByteCount, PageCount};
 
@@ -43,10 +43,14 @@ pub struct ImageOutput<'a> {
     pub file: &'a File,
 }
 
-/// Chunks on their way: enough to keep a disk's queue full and every thread busy, 12 MiB of buffers at 256 KiB a chunk.
-const BUFFERS: usize = 48;
+/// Chunks on their way: enough to keep a disk's queue full and every thread busy, at most 24 MiB at this engine's chunk size.
+const BUFFERS: usize = 24;
 
-pub(super) fn verify_chunks(savefile: &Savefile, backend: ReadBackend, progress: OnProgress) -> Result<(), Error> {
+pub(super) fn verify_chunks(
+    savefile: &Savefile,
+    backend: ReadBackend,
+    progress: OnProgress,
+) -> Result<(), Error> {
     let table = savefile.chunk_table();
     let meter = Meter::new(Step::Verify, table.slots().bytes());
     let jobs = plan_verify(table);
@@ -77,21 +81,30 @@ pub(super) fn decode_images(
 fn map_for<'a>(savefile: &'a Savefile, output: &ImageOutput) -> Result<&'a PageMap, Error> {
     let map = savefile.page_map(output.id)?;
     let metadata = output.file.metadata();
-    let len = metadata.map_err(Error::io(format!("look at the file for {} of", output.id), savefile.path()))?.len();
+    let len =
+        metadata.map_err(Error::io(format!("look at the file for {} of", output.id), savefile.path()))?.len();
     if len != map.pages().bytes().0 {
-        let what = format!("{} has {} bytes, the file to decode it to has {len}", output.id, map.pages().bytes());
+        let what =
+            format!("{} has {} bytes, the file to decode it to has {len}", output.id, map.pages().bytes());
         return Err(savefile.mismatch(what));
     }
     Ok(map)
 }
 
-fn place(savefile: &Savefile, job: &ChunkJob, raw: &[u8], outputs: &[ImageOutput]) -> Result<PageCount, Error> {
+fn place(
+    savefile: &Savefile,
+    job: &ChunkJob,
+    raw: &[u8],
+    outputs: &[ImageOutput],
+) -> Result<PageCount, Error> {
     let mut placed = PageCount::ZERO;
     for place in &job.places {
         let (from, count) = (place.from.buffer_len(), place.pages.count.buffer_len());
         let output = &outputs[place.image];
         let failed = |err| {
-            Error::io(format!("write pages {} of {} decoded from", place.pages, output.id), savefile.path())(err)
+            Error::io(format!("write pages {} of {} decoded from", place.pages, output.id), savefile.path())(
+                err,
+            )
         };
         let bytes = raw.get(from..from + count).ok_or_else(|| failed(io::ErrorKind::UnexpectedEof.into()))?;
         output.file.write_all_at(bytes, place.pages.first.offset().0).map_err(failed)?;
@@ -127,7 +140,8 @@ fn run_pread(savefile: &Savefile, jobs: &[ChunkJob], sink: Sink) -> Result<(), E
         let chunk = &savefile.chunk_table().chunks()[job.chunk];
         let stored = &mut buffer[..chunk.stored.0 as usize];
         savefile.file().read_exact_at(stored, chunk.offset.0).map_err(read_failed(savefile, job, chunk))?;
-        let raw = decoder.decode(job.chunk, chunk, stored).map_err(|fault: Fault| fault.at(savefile.path()))?;
+        let raw =
+            decoder.decode(job.chunk, chunk, stored).map_err(|fault: Fault| fault.at(savefile.path()))?;
         sink(job, raw)
     })
 }
@@ -140,7 +154,13 @@ fn run_ring(
     mut free: Vec<Buffer>,
     sink: Sink,
 ) -> Result<(), Error> {
-    let work = RingWork { savefile, sink, decoders: Mutex::new(Vec::new()), failed: AtomicBool::new(false), error: Mutex::new(None) };
+    let work = RingWork {
+        savefile,
+        sink,
+        decoders: Mutex::new(Vec::new()),
+        failed: AtomicBool::new(false),
+        error: Mutex::new(None),
+    };
     let (give_back, given_back): (Sender<Buffer>, Receiver<Buffer>) = channel();
     let mut decoding = 0;
     let mut waiting = jobs.iter().enumerate();
@@ -264,7 +284,11 @@ fn setup_failed(savefile: &Savefile, err: &io::Error) -> Error {
     Error::io("set up the decompressor for", savefile.path())(io::Error::other(err.to_string()))
 }
 
-fn read_failed<'a>(savefile: &'a Savefile, job: &ChunkJob, chunk: &Chunk) -> impl FnOnce(io::Error) -> Error + 'a {
+fn read_failed<'a>(
+    savefile: &'a Savefile,
+    job: &ChunkJob,
+    chunk: &Chunk,
+) -> impl FnOnce(io::Error) -> Error + 'a {
     let (index, offset) = (job.chunk, chunk.offset);
     move |err| Error::io(format!("read chunk {index} at offset {offset} of"), savefile.path())(err)
 }

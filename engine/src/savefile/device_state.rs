@@ -38,8 +38,8 @@ pub struct DeviceState {
 
 impl DeviceState {
     pub(crate) fn parse(section: &[u8]) -> Result<DeviceState, Fault> {
-        let (head, bytes) =
-            RawHead::ref_from_prefix(section).map_err(|_| Fault::DeviceState("it is too short for its head"))?;
+        let (head, bytes) = RawHead::ref_from_prefix(section)
+            .map_err(|_| Fault::DeviceState("it is too short for its head"))?;
         if head.reserved.get() != 0 {
             return Err(Fault::Reserved("the device state"));
         }
@@ -60,7 +60,10 @@ impl DeviceState {
             return Err(format!("the device state's kind {:?} is not 1 to 31 of a-z 0-9 . -", self.kind));
         }
         if self.bytes.len() as u64 > DEVICE_STATE_MAX.0 {
-            return Err(format!("the device state has {} bytes, at most {DEVICE_STATE_MAX} are allowed", self.bytes.len()));
+            return Err(format!(
+                "the device state has {} bytes, at most {DEVICE_STATE_MAX} are allowed",
+                self.bytes.len()
+            ));
         }
         let mut head = RawHead { kind: [0; KIND_MAX + 1], version: self.version.into(), reserved: 0.into() };
         head.kind[..self.kind.len()].copy_from_slice(self.kind.as_bytes());
@@ -69,7 +72,8 @@ impl DeviceState {
 }
 
 fn is_kind(kind: &str) -> bool {
-    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'.' || byte == b'-';
+    let allowed =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'.' || byte == b'-';
     (1..=KIND_MAX).contains(&kind.len()) && kind.bytes().all(allowed)
 }
 

@@ -215,7 +215,10 @@ fn parse_sections(raw: &RawHeader, file_len: ByteCount) -> Result<Vec<Section>, 
         if section.offset != end {
             return Err(fault("it does not begin where the one before it ends"));
         }
-        end = section.offset.checked_add(section.length).ok_or_else(|| fault("its length is beyond 64 bits"))?;
+        end = section
+            .offset
+            .checked_add(section.length)
+            .ok_or_else(|| fault("its length is beyond 64 bits"))?;
         if end.0 > file_len.0 {
             return Err(fault("it ends beyond the file"));
         }

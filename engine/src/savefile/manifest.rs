@@ -107,7 +107,10 @@ impl Manifest {
         }
         let bytes = serde_json::to_vec(self).map_err(|err| format!("the manifest is no JSON: {err}"))?;
         if bytes.len() as u64 > MANIFEST_MAX.0 {
-            return Err(format!("the manifest has {} bytes, at most {MANIFEST_MAX} are allowed", bytes.len()));
+            return Err(format!(
+                "the manifest has {} bytes, at most {MANIFEST_MAX} are allowed",
+                bytes.len()
+            ));
         }
         Ok(bytes)
     }

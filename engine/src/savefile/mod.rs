@@ -28,13 +28,13 @@ mod twins;
 mod writer;
 
 pub use aside::sweep;
-pub use chunk::{Chunk, ChunkTable, Codec, CHUNK_PAGES, CHUNK_PAGES_MAX, ZSTD_LEVEL};
+pub use chunk::{Chunk, ChunkTable, Codec, CHUNK_PAGES, CHUNK_PAGES_MAX};
 pub use decode::{ImageOutput, ReadBackend};
 pub use device_state::{DeviceState, DEVICE_STATE_MAX};
 pub use error::{Error, Fault};
 pub use header::{
-    Hash, Header, NotARootHash, RootHash, Section, SectionKind, FORMAT_VERSION, HEADER_LEN, MAGIC, ROOT_CONTEXT,
-    SECTIONS_MAX,
+    Hash, Header, NotARootHash, RootHash, Section, SectionKind, FORMAT_VERSION, HEADER_LEN, MAGIC,
+    ROOT_CONTEXT, SECTIONS_MAX,
 };
 pub use manifest::{HostIdentity, Manifest, VolumeInfo, MANIFEST_MAX, SCHEMA};
 pub use page_map::{is_volume_name, Content, ImageId, PageMap, PageMapBuilder, Run, Slot};

@@ -126,8 +126,8 @@ impl PageMap {
 
     /// Reads a page map section; `slots` is the number of stored pages of the whole savefile.
     pub(crate) fn parse(section: &[u8], slots: PageCount) -> Result<PageMap, Fault> {
-        let (head, runs) =
-            RawHead::ref_from_prefix(section).map_err(|_| Fault::PageMapHead("it is too short for its head"))?;
+        let (head, runs) = RawHead::ref_from_prefix(section)
+            .map_err(|_| Fault::PageMapHead("it is too short for its head"))?;
         let runs = <[RawRun]>::ref_from_bytes(runs)
             .map_err(|_| Fault::PageMapHead("its length is no whole number of runs"))?;
         let image = head.parse_image()?;
@@ -145,8 +145,11 @@ impl PageMap {
             }
             builder.push(run);
         }
-        let fault = |map: &PageMapBuilder, why| {
-            Fault::PageMap { image: map.image().to_string(), run: runs.len(), page: map.end(), why }
+        let fault = |map: &PageMapBuilder, why| Fault::PageMap {
+            image: map.image().to_string(),
+            run: runs.len(),
+            page: map.end(),
+            why,
         };
         if let Some(why) = builder.incomplete() {
             return Err(fault(&builder, why));
@@ -240,7 +243,9 @@ impl PageMapBuilder {
         last.pages.end() == run.pages.first
             && match (last.content, run.content) {
                 (Content::Zero, Content::Zero) => true,
-                (Content::Data(Slot(before)), Content::Data(Slot(next))) => before + last.pages.count.0 == next,
+                (Content::Data(Slot(before)), Content::Data(Slot(next))) => {
+                    before + last.pages.count.0 == next
+                }
                 _ => false,
             }
     }
@@ -253,8 +258,12 @@ impl PageMapBuilder {
 
 impl RawHead {
     fn new(image: &ImageId, pages: PageCount) -> RawHead {
-        let mut head =
-            RawHead { image: IMAGE_MEMORY.into(), reserved: 0.into(), pages: pages.0.into(), name: [0; VOLUME_NAME_MAX + 1] };
+        let mut head = RawHead {
+            image: IMAGE_MEMORY.into(),
+            reserved: 0.into(),
+            pages: pages.0.into(),
+            name: [0; VOLUME_NAME_MAX + 1],
+        };
         if let ImageId::Volume(name) = image {
             head.image = IMAGE_VOLUME.into();
             let len = name.len().min(VOLUME_NAME_MAX);

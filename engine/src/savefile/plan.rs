@@ -51,14 +51,14 @@ pub(crate) struct StorePlan {
 pub(crate) fn plan_store(images: &[Scanned], twins: &[Ordinal]) -> Result<StorePlan, Fault> {
     let mut slots = SlotAllocator::new(twins);
     let bases = ordinal_bases(images);
-    for (image, (scanned, base)) in images.iter().zip(&bases).enumerate() {
-        for wanted in &scanned.first {
-            slots.assign(image, *base, &scanned.scan.data, *wanted);
-        }
+    let data: Vec<DataRuns> =
+        images.iter().zip(&bases).map(|(scanned, base)| DataRuns::new(&scanned.scan.data, *base)).collect();
+    for (image, (scanned, data)) in images.iter().zip(&data).enumerate() {
+        scanned.first.iter().for_each(|wanted| slots.assign(image, data, *wanted));
     }
     let first_slots = slots.next;
-    for (image, (scanned, base)) in images.iter().zip(&bases).enumerate() {
-        slots.assign(image, *base, &scanned.scan.data, PageRange { first: PageIndex(0), count: scanned.pages });
+    for (image, (scanned, data)) in images.iter().zip(&data).enumerate() {
+        slots.assign(image, data, PageRange { first: PageIndex(0), count: scanned.pages });
     }
     let maps = images
         .iter()
@@ -90,8 +90,8 @@ impl SlotAllocator<'_> {
     }
 
     /// Gives a slot to every data page within `wanted` whose set has none yet.
-    fn assign(&mut self, image: usize, base: Ordinal, data: &[PageRange], wanted: PageRange) {
-        for (pages, ordinal) in ordinals_within(data, base, wanted) {
+    fn assign(&mut self, image: usize, data: &DataRuns, wanted: PageRange) {
+        for (pages, ordinal) in data.within(wanted) {
             for (page, ordinal) in pages.pages().zip(ordinal..) {
                 let twin = self.twins[ordinal as usize] as usize;
                 if self.slots[twin] == UNASSIGNED {
@@ -128,19 +128,28 @@ pub(crate) fn ordinal_bases(images: &[Scanned]) -> Vec<Ordinal> {
         .collect()
 }
 
-/// The parts of the data runs that lie within `wanted`, each with the ordinal of its first page.
-fn ordinals_within(
-    data: &[PageRange],
-    base: Ordinal,
-    wanted: PageRange,
-) -> impl Iterator<Item = (PageRange, Ordinal)> + '_ {
-    let mut ordinal = base;
-    data.iter().filter_map(move |run| {
-        let first_of_run = ordinal;
-        ordinal += run.count.0 as Ordinal;
-        let part = run.intersection(wanted)?;
-        Some((part, first_of_run + (part.first.0 - run.first.0) as Ordinal))
-    })
+/// The data runs of an image, each with the ordinal of its first page: found by page without a walk over all of them.
+struct DataRuns(Vec<(PageRange, Ordinal)>);
+
+impl DataRuns {
+    fn new(data: &[PageRange], base: Ordinal) -> DataRuns {
+        let mut next = base;
+        let numbered = data.iter().map(|run| {
+            let first = next;
+            next += run.count.0 as Ordinal;
+            (*run, first)
+        });
+        DataRuns(numbered.collect())
+    }
+
+    /// The parts that lie within `wanted`, each with the ordinal of its first page.
+    fn within(&self, wanted: PageRange) -> impl Iterator<Item = (PageRange, Ordinal)> + '_ {
+        let begin = self.0.partition_point(|(run, _)| run.end() <= wanted.first);
+        self.0[begin..].iter().map_while(move |(run, ordinal)| {
+            let part = run.intersection(wanted)?;
+            Some((part, ordinal + (part.first.0 - run.first.0) as Ordinal))
+        })
+    }
 }
 
 fn build_map(scanned: &Scanned, base: Ordinal, slots: &SlotAllocator) -> Result<PageMap, Fault> {

@@ -15,7 +15,7 @@ use crate::units::{ByteCount, ByteOffset, PAGE_BYTES};
 type Pages = Vec<Option<u8>>;
 
 fn pages(max: usize) -> impl Strategy<Value = Pages> {
-    let runs = prop::collection::vec((prop::option::weighted(0.8, 0..6u8), 1..40usize), 0..20);
+    let runs = prop::collection::vec((prop::option::weighted(0.8, 0..6u8), 1..150usize), 0..20);
     runs.prop_map(move |runs| {
         runs.into_iter().flat_map(|(content, count)| vec![content; count]).take(max).collect()
     })
@@ -54,7 +54,7 @@ fn twins(images: &[Scanned]) -> Vec<Ordinal> {
 
 fn images() -> impl Strategy<Value = Vec<Scanned>> {
     let first = prop::collection::vec((0..300u64, 0..50u64), 0..4);
-    (pages(300), pages(200), first).prop_map(|(memory, root, first)| {
+    (pages(1000), pages(600), first).prop_map(|(memory, root, first)| {
         let first = first.into_iter().map(|(page, count)| PageRange::new(page, count)).collect();
         vec![scanned(ImageId::Memory, memory, first), scanned(ImageId::Volume("root".into()), root, vec![])]
     })
@@ -217,7 +217,8 @@ fn only_pages_that_were_compared_are_twins() {
     write_pages(&file, &[5, 6, 5, 0, 6, 5]);
     let mut scan = scan(&file, PageCount(6), &Scope::Whole, &|_| {}).unwrap();
     assert_eq!(scan.prints[0], fingerprint(&[5; PAGE_BYTES]));
-    let mut images = vec![Scanned { id: ImageId::Memory, pages: PageCount(6), scan: scan.clone(), first: vec![] }];
+    let mut images =
+        vec![Scanned { id: ImageId::Memory, pages: PageCount(6), scan: scan.clone(), first: vec![] }];
     assert_eq!(find_twins(&images, &[&file]).unwrap(), [0, 1, 0, 1, 0]);
     scan.prints.fill(7);
     images[0].scan = scan;

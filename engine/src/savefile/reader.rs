@@ -70,7 +70,8 @@ impl Savefile {
         let table = ChunkTable::parse(&read_section(&file, path, table, TABLE_MAX)?, data).map_err(at)?;
         let mut maps: Vec<PageMap> = Vec::new();
         for section in header.of_kind(SectionKind::PageMap) {
-            let map = PageMap::parse(&read_section(&file, path, section, TABLE_MAX)?, table.slots()).map_err(at)?;
+            let map =
+                PageMap::parse(&read_section(&file, path, section, TABLE_MAX)?, table.slots()).map_err(at)?;
             if maps.iter().any(|other| other.image() == map.image()) {
                 return Err(at(Fault::PageMapHead("its image has another page map already")));
             }
@@ -150,7 +151,12 @@ impl Savefile {
     /// Each output must be as long as its image and hold nothing but holes: zero pages are not written, and in a delta neither
     /// are the pages that are as the base. Errors: [`Error::Mismatch`] for an image that is not in it or an output of
     /// another length; those of reading, verifying and writing.
-    pub fn decode(&self, outputs: &[ImageOutput], backend: ReadBackend, progress: OnProgress) -> Result<(), Error> {
+    pub fn decode(
+        &self,
+        outputs: &[ImageOutput],
+        backend: ReadBackend,
+        progress: OnProgress,
+    ) -> Result<(), Error> {
         decode_images(self, outputs, backend, progress)
     }
 

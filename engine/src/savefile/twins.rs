@@ -23,7 +23,8 @@ pub(crate) fn find_twins(images: &[Scanned], files: &[&File]) -> io::Result<Vec<
     let pages = PageReader::new(images, files);
     let suggested: Vec<&[(u64, Ordinal)]> =
         by_print.chunk_by(|a, b| a.0 == b.0).filter(|suggested| suggested.len() > 1).collect();
-    let confirmed = suggested.par_iter().map_init(PageBuffers::new, |buffers, set| pages.confirm(set, buffers));
+    let confirmed =
+        suggested.par_iter().map_init(PageBuffers::new, |buffers, set| pages.confirm(set, buffers));
     let mut twins: Vec<Ordinal> = (0..by_print.len() as Ordinal).collect();
     for set in confirmed.collect::<io::Result<Vec<_>>>()? {
         let Some((&first, others)) = set.split_first() else { continue };

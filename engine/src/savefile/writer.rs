@@ -22,13 +22,13 @@ use super::header::{Header, RootHash, Section, SectionKind, HEADER_LEN, SECTIONS
 use super::manifest::Manifest;
 use super::page_map::{is_volume_name, ImageId};
 use super::plan::{plan_chunks, plan_store, Scanned, Source, StorePlan};
-use super::twins::find_twins;
 use super::progress::{watched, Meter, OnProgress, Step};
+use super::twins::find_twins;
 use crate::image::scan::{scan, Scope};
 use crate::units::{ByteCount, ByteOffset, PageCount, PageRange, IMAGE_PAGES_MAX};
 
-/// Chunks encoded between two meetings of the threads: 16 MiB raw, so that at most some tens of MiB wait to be written.
-const BATCH_CHUNKS: usize = 64;
+/// Chunks encoded between two meetings of the threads: 32 MiB raw, so that at most some tens of MiB wait to be written.
+const BATCH_CHUNKS: usize = 32;
 /// Batches that may wait for the disk.
 const BATCHES_WAITING: usize = 2;
 /// Written bytes after which the disk is made to begin, so that the last sync finds little to do.
@@ -123,8 +123,12 @@ fn check_images(images: &[ImageInput]) -> Result<(), String> {
             return Err(format!("{id} is given twice"));
         }
         match id {
-            ImageId::Memory if image.scope != Scope::Whole => return Err("memory is stored whole or not at all".into()),
-            ImageId::Volume(name) if !is_volume_name(name) => return Err(format!("{name:?} is no name for a volume")),
+            ImageId::Memory if image.scope != Scope::Whole => {
+                return Err("memory is stored whole or not at all".into())
+            }
+            ImageId::Volume(name) if !is_volume_name(name) => {
+                return Err(format!("{name:?} is no name for a volume"))
+            }
             _ => {}
         }
     }
@@ -187,52 +191,68 @@ fn write_chunks(
             Ok(())
         });
         drop(to_disk);
-        let chunks = disk.join().unwrap_or_else(|_| Err(Error::io("finish writing", aside.path())(io::ErrorKind::Other.into())));
+        let chunks = disk
+            .join()
+            .unwrap_or_else(|_| Err(Error::io("finish writing", aside.path())(io::ErrorKind::Other.into())));
         encoded.and(chunks)
     })
 }
 
-fn encode_batch(path: &Path, batch: &[Vec<Source>], images: &[ImageInput], meter: &Meter) -> Result<Vec<Encoded>, Error> {
+fn encode_batch(
+    path: &Path,
+    batch: &[Vec<Source>],
+    images: &[ImageInput],
+    meter: &Meter,
+) -> Result<Vec<Encoded>, Error> {
     let new_worker = || (Encoder::new(), vec![0; CHUNK_PAGES.buffer_len()]);
     let encode = |(encoder, raw): &mut (io::Result<Encoder>, Vec<u8>), sources: &Vec<Source>| {
         let encoder = match encoder {
             Ok(encoder) => encoder,
-            Err(err) => return Err(Error::io("set up the compressor for", path)(io::Error::other(err.to_string()))),
+            Err(err) => {
+                return Err(Error::io("set up the compressor for", path)(io::Error::other(err.to_string())))
+            }
         };
         let raw = gather(path, sources, images, raw)?;
         let encoded = encoder.encode(raw);
         meter.add(encoded.raw);
         Ok(encoded)
     };
-    batch.par_iter().map_init(new_worker, encode).collect()
+    batch.par_iter().with_max_len(1).map_init(new_worker, encode).collect()
 }
 
 /// Reads a chunk's pages into one buffer.
-fn gather<'a>(path: &Path, sources: &[Source], images: &[ImageInput], raw: &'a mut [u8]) -> Result<&'a [u8], Error> {
+fn gather<'a>(
+    path: &Path,
+    sources: &[Source],
+    images: &[ImageInput],
+    raw: &'a mut [u8],
+) -> Result<&'a [u8], Error> {
     let mut len = 0;
     for source in sources {
         let bytes = &mut raw[len..len + source.pages.count.buffer_len()];
         let image = &images[source.image];
-        image
-            .file
-            .read_exact_at(bytes, source.pages.first.offset().0)
-            .map_err(|err| Error::io(format!("read pages {} of {} to write", source.pages, image.id), path)(err))?;
+        image.file.read_exact_at(bytes, source.pages.first.offset().0).map_err(|err| {
+            Error::io(format!("read pages {} of {} to write", source.pages, image.id), path)(err)
+        })?;
         len += bytes.len();
     }
     Ok(&raw[..len])
 }
 
-fn write_batches(aside: &Aside, data_at: ByteOffset, batches: Receiver<Vec<Encoded>>) -> Result<Vec<Chunk>, Error> {
+fn write_batches(
+    aside: &Aside,
+    data_at: ByteOffset,
+    batches: Receiver<Vec<Encoded>>,
+) -> Result<Vec<Chunk>, Error> {
     let path = aside.path();
     let mut chunks = Vec::new();
     let mut offset = data_at;
     let mut unsynced = 0;
     for encoded in batches.into_iter().flatten() {
         let stored = ByteCount(encoded.bytes.len() as u64);
-        aside
-            .file()
-            .write_all_at(&encoded.bytes, offset.0)
-            .map_err(|err| Error::io(format!("write chunk {} at offset {offset} of", chunks.len()), path)(err))?;
+        aside.file().write_all_at(&encoded.bytes, offset.0).map_err(|err| {
+            Error::io(format!("write chunk {} at offset {offset} of", chunks.len()), path)(err)
+        })?;
         chunks.push(Chunk { offset, stored, raw: encoded.raw, codec: encoded.codec, hash: encoded.hash });
         offset.0 += stored.0;
         unsynced += stored.0;
@@ -245,7 +265,11 @@ fn write_batches(aside: &Aside, data_at: ByteOffset, batches: Receiver<Vec<Encod
 }
 
 /// Writes header and tables in front of the chunks.
-fn write_head(aside: &Aside, sections: &[(SectionKind, Vec<u8>)], data_len: ByteCount) -> Result<Header, Error> {
+fn write_head(
+    aside: &Aside,
+    sections: &[(SectionKind, Vec<u8>)],
+    data_len: ByteCount,
+) -> Result<Header, Error> {
     let path = aside.path();
     let mut table: Vec<Section> = sections
         .iter()
@@ -256,9 +280,14 @@ fn write_head(aside: &Aside, sections: &[(SectionKind, Vec<u8>)], data_len: Byte
             hash: *blake3::hash(bytes).as_bytes(),
         })
         .collect();
-    table.push(Section { kind: SectionKind::ChunkData, offset: ByteOffset(0), length: data_len, hash: [0; 32] });
-    let (header, head) =
-        Header::seal(table).map_err(|fault| Error::Unwritable { path: path.to_owned(), what: fault.to_string() })?;
+    table.push(Section {
+        kind: SectionKind::ChunkData,
+        offset: ByteOffset(0),
+        length: data_len,
+        hash: [0; 32],
+    });
+    let (header, head) = Header::seal(table)
+        .map_err(|fault| Error::Unwritable { path: path.to_owned(), what: fault.to_string() })?;
     aside.file().write_all_at(&head, 0).map_err(Error::io("write the header of", path))?;
     for (section, (kind, bytes)) in header.sections().iter().zip(sections) {
         let step = format!("write the {} at offset {} of", kind.name(), section.offset);

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::image::hot::StackDelta;
 use engine::savefile::{
-    self, DeviceState, Error, HostIdentity, ImageId, ImageInput, ImageOutput, Manifest, PageMap, ReadBackend, Savefile,
-    Scope, VolumeInfo, Written,
+    self, DeviceState, Error, HostIdentity, ImageId, ImageInput, ImageOutput, Manifest, PageMap, ReadBackend,
+    Savefile, Scope, VolumeInfo, Written,
 };
 use engine::units::{ByteCount, PageCount, PageIndex, PageRange, PAGE_BYTES};
 
@@ -81,6 +81,7 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// The golden savefile holds it: it is never changed.
     pub fn small() -> Guest {
         use Page::{Fill, Hole, Zeros};
         let mut memory = vec![Hole; 16];
@@ -157,7 +158,8 @@ impl Guest {
             let page = PageRange { first: PageIndex(index as u64), count: PageCount(1) };
             self.changed.iter().any(|run| run.intersection(page).is_some())
         };
-        let page = |(index, page): (usize, &Page)| if changed(index) { page.bytes() } else { vec![0; PAGE_BYTES] };
+        let page =
+            |(index, page): (usize, &Page)| if changed(index) { page.bytes() } else { vec![0; PAGE_BYTES] };
         self.root.iter().enumerate().flat_map(page).collect()
     }
 }
@@ -171,8 +173,10 @@ pub fn decode(savefile: &Savefile, backend: ReadBackend) -> Result<(Vec<u8>, Vec
     let root = ImageId::Volume("root".into());
     let pages = |id| savefile.page_map(id).map(|map| map.pages().0 as usize);
     let (memory_file, root_file) = (holes(pages(&ImageId::Memory)?), holes(pages(&root)?));
-    let outputs =
-        [ImageOutput { id: &ImageId::Memory, file: &memory_file }, ImageOutput { id: &root, file: &root_file }];
+    let outputs = [
+        ImageOutput { id: &ImageId::Memory, file: &memory_file },
+        ImageOutput { id: &root, file: &root_file },
+    ];
     savefile.decode(&outputs, backend, &savefile::silent)?;
     Ok((content(&memory_file), content(&root_file)))
 }

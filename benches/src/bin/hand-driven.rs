@@ -1,0 +1,206 @@
+//! The peer our launches are measured against: QEMU driven by hand in the fastest form there is.
+//!
+//! It does the same work (restore, identity, thaw, command) with the same guest, and nothing else: no records, no
+//! checks, no confinement, no limits, no clean-up. It is told every path. What our launcher costs is the difference.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Parser;
+use nix::fcntl::{fcntl, FcntlArg, FdFlag};
+use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
+use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network};
+
+/// A launch without a launcher.
+#[derive(Parser)]
+struct Options {
+    /// QEMU
+    #[arg(long)]
+    qemu: PathBuf,
+    /// RAM in MiB
+    #[arg(long)]
+    memory: u64,
+    /// vCPUs
+    #[arg(long)]
+    vcpus: u32,
+    /// The memory image; without it the guest is booted
+    #[arg(long, requires = "state")]
+    image: Option<PathBuf>,
+    /// The device state
+    #[arg(long)]
+    state: Option<PathBuf>,
+    /// For a boot: kernel, initrd, command line
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    #[arg(long)]
+    initrd: Option<PathBuf>,
+    #[arg(long)]
+    cmdline: Option<String>,
+    /// name,prepared empty overlay[,delta][,base]: one per volume, files separated by commas, `-` for none
+    #[arg(long)]
+    volume: Vec<String>,
+    /// The command
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+fn main() {
+    let options = Options::parse();
+    let (mut qmp, qmp_theirs) = inherited_pair();
+    let (mut agent, agent_theirs) = inherited_pair();
+    let mut command = Command::new(&options.qemu);
+    command.args("-name dispvm -nodefaults -no-user-config -no-reboot -display none".split(' '));
+    command.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+    command.args([
+        "-machine",
+        "pc-q35-7.2,smbus=off,sata=off,usb=off,vmport=off,hpet=off,dump-guest-core=off,memory-backend=mem",
+    ]);
+    command.args(["-m", &format!("{}M", options.memory), "-smp", &options.vcpus.to_string()]);
+    let size = options.memory << 20;
+    let mut kept: Vec<File> = Vec::new();
+    let mut incoming = None;
+    match (&options.image, &options.state) {
+        (Some(image), Some(state)) => {
+            let path = image.display();
+            command.args(["-object", &format!("memory-backend-file,id=mem,size={size},mem-path={path},share=off,readonly=on,rom=off")]);
+            command.args(["-incoming", "defer"]);
+            incoming = Some(inherit(File::open(state).expect("the device state"), &mut kept));
+        }
+        _ => {
+            let file = memfd();
+            file.set_len(size).expect("memory");
+            let fd = inherit(file, &mut kept);
+            command.args(["-object", &format!("memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{fd},share=on")]);
+            command.arg("-kernel").arg(options.kernel.as_ref().expect("--kernel"));
+            command.arg("-initrd").arg(options.initrd.as_ref().expect("--initrd"));
+            command.args(["-append", options.cmdline.as_ref().expect("--cmdline")]);
+        }
+    }
+    for volume in &options.volume {
+        add_volume(volume, &mut command, &mut kept);
+    }
+    command.args(["-chardev", &format!("socket,id=qmp,fd={}", qmp_theirs.as_raw_fd()), "-mon", "chardev=qmp,mode=control"]);
+    command.args(["-chardev", &format!("socket,id=agent,fd={}", agent_theirs.as_raw_fd())]);
+    command.args(["-device", "virtio-serial-pci,id=ports", "-device", "virtserialport,chardev=agent,name=dispvm.agent"]);
+    command.args(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
+    command.args(["-device", "virtio-balloon-pci,id=balloon", "-netdev", "hubport,id=net,hubid=0"]);
+    command.args(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile="]);
+    let mut qemu = command.stdin(Stdio::null()).spawn().expect("QEMU starts");
+    drop((qmp_theirs, agent_theirs));
+
+    let mut decoder = Decoder::new();
+    match incoming {
+        Some(fd) => {
+            let words = format!(
+                "{{\"execute\":\"qmp_capabilities\"}}{{\"execute\":\"migrate-set-capabilities\",\"arguments\":{{\"capabilities\":[{{\"capability\":\"x-ignore-shared\",\"state\":true}}]}}}}{{\"execute\":\"migrate-incoming\",\"arguments\":{{\"uri\":\"fd:{fd}\"}}}}"
+            );
+            qmp.write_all(words.as_bytes()).expect("QMP");
+            await_resume(&mut qmp);
+        }
+        None => {
+            await_frame(&mut agent, &mut decoder, |frame| matches!(frame, GuestFrame::Hello(_)));
+        }
+    }
+    let mut out = Vec::new();
+    HostFrame::Identify(Box::new(identity())).encode(&mut out).expect("an identity");
+    let exec = Box::new(Exec::user(options.command.iter().map(String::as_str)));
+    HostFrame::Exec { stream: 1, exec }.encode(&mut out).expect("a command");
+    HostFrame::Thaw.encode(&mut out).expect("a thaw");
+    agent.write_all(&out).expect("the agent listens");
+    await_frame(&mut agent, &mut decoder, |frame| match frame {
+        GuestFrame::Stdout { bytes, .. } => {
+            let mut stdout = std::io::stdout();
+            stdout.write_all(bytes).and_then(|()| stdout.flush()).expect("stdout");
+            false
+        }
+        GuestFrame::Exited { .. } => true,
+        _ => false,
+    });
+    qemu.kill().expect("QEMU is there");
+    qemu.wait().expect("QEMU ends");
+}
+
+fn add_volume(words: &str, command: &mut Command, kept: &mut Vec<File>) {
+    let parts: Vec<&str> = words.split(',').collect();
+    let [name, prepared, delta, base] = parts[..] else { panic!("--volume {words}") };
+    let mut overlay = memfd();
+    overlay.write_all(&std::fs::read(prepared).expect("a prepared overlay")).expect("memory");
+    let fd = inherit(overlay, kept);
+    let set = fd;
+    command.args(["-add-fd", &format!("fd={fd},set={set}")]);
+    let file = |name: &str, read_only: bool| format!("{{\"driver\":\"file\",\"filename\":\"{name}\",\"locking\":\"off\",\"read-only\":{read_only}}}");
+    let mut chain = "null".to_owned();
+    if base != "-" {
+        chain = format!("{{\"driver\":\"raw\",\"read-only\":true,\"file\":{}}}", file(base, true));
+    }
+    if delta != "-" {
+        chain = format!("{{\"driver\":\"qcow2\",\"read-only\":true,\"file\":{},\"backing\":{chain}}}", file(delta, true));
+    }
+    let overlay = file(&format!("/dev/fdset/{set}"), false);
+    command.args(["-blockdev", &format!("{{\"driver\":\"qcow2\",\"node-name\":\"{name}\",\"file\":{overlay},\"backing\":{chain},\"discard\":\"unmap\",\"detect-zeroes\":\"on\"}}")]);
+    command.args(["-device", &format!("virtio-blk-pci,id=disk-{name},drive={name},serial={name},werror=stop,rerror=report")]);
+}
+
+fn identity() -> Identity {
+    let mut random = [0u8; 80];
+    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut random)).expect("random bytes");
+    Identity {
+        hostname: "disp1".into(),
+        machine_id: std::array::from_fn(|i| random[i]),
+        entropy: std::array::from_fn(|i| random[16 + i]),
+        realtime_ns: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,
+        mac: [0, 0x16, 0x3e, 0x5e, 0, 1],
+        network: Some(Network {
+            address: [10, 138, 0, 2].into(),
+            prefix_len: 16,
+            gateway: Some([10, 138, 255, 254].into()),
+            dns: vec![[10, 138, 255, 253].into()],
+        }),
+    }
+}
+
+fn await_resume(qmp: &mut UnixStream) {
+    let (mut seen, mut buffer) = (Vec::new(), [0u8; 4096]);
+    while !seen.windows(8).any(|window| window == b"\"RESUME\"") {
+        let count = qmp.read(&mut buffer).expect("QMP");
+        assert!(count > 0, "QEMU ended: {}", String::from_utf8_lossy(&seen));
+        seen.extend_from_slice(&buffer[..count]);
+    }
+}
+
+fn await_frame(agent: &mut UnixStream, decoder: &mut Decoder, mut done: impl FnMut(&GuestFrame) -> bool) {
+    let mut buffer = [0u8; 64 << 10];
+    loop {
+        let count = agent.read(&mut buffer).expect("the agent");
+        assert!(count > 0, "the guest has gone");
+        let mut input = &buffer[..count];
+        while let Some(raw) = decoder.next(&mut input).expect("frames") {
+            if done(&GuestFrame::parse(raw).expect("a frame")) {
+                return;
+            }
+        }
+    }
+}
+
+fn memfd() -> File {
+    File::from(memfd_create(c"hand-driven", MemFdCreateFlag::empty()).expect("a memfd"))
+}
+
+/// Keeps the file open across exec and answers its number.
+fn inherit(file: File, kept: &mut Vec<File>) -> i32 {
+    let fd = file.as_raw_fd();
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).expect("an open descriptor");
+    kept.push(file);
+    fd
+}
+
+fn inherited_pair() -> (UnixStream, OwnedFd) {
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+    fcntl(theirs.as_raw_fd(), FcntlArg::F_SETFD(FdFlag::empty())).expect("an open descriptor");
+    (ours, theirs.into())
+}

@@ -1,0 +1,219 @@
+//! Launches against their peers, interleaved in one run: the hand-driven QEMU and a cold boot, of the test guest and of a
+//! Debian guest.
+//!
+//! `--full` measures 100 launches each and adds its lines to benches/results/; `--short` is CI's guard: it fails when a
+//! ratio is worse than its mark by half, twice in a row.
+
+use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use benches::guests::{Bench, Subject, DEBIAN, TEST, TEST_4G};
+use benches::stats::{median, percentile};
+use benches::table::{self, Row};
+use clap::Parser;
+use serde_json::json;
+
+/// The command whose first byte is waited for.
+const COMMAND: [&str; 2] = ["echo", "x"];
+
+/// Measures launches against their peers.
+#[derive(Parser)]
+struct Options {
+    /// 100 launches each, 5 cold boots; adds to benches/results/
+    #[arg(long)]
+    full: bool,
+    /// A dozen launches each, one cold boot; fails when a ratio is far off twice
+    #[arg(long, conflicts_with = "full")]
+    short: bool,
+    /// Another number of launches
+    #[arg(long)]
+    launches: Option<usize>,
+}
+
+/// Everything measured of one guest, in ms.
+#[derive(Default)]
+struct Times {
+    ours: Vec<f64>,
+    by_hand: Vec<f64>,
+    cold: Vec<f64>,
+    exit: Vec<f64>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let (launches, cold_boots) = if options.full { (100, 5) } else { (12, 1) };
+    let launches = options.launches.unwrap_or(launches);
+    let bench = Bench::open();
+    for subject in [&TEST, &TEST_4G, &DEBIAN] {
+        bench.prepare(subject);
+    }
+    let mut rows = measure(&bench, launches, cold_boots);
+    println!("{}", table::text(&rows));
+    if options.full {
+        keep(&rows, launches);
+    }
+    if rows.iter().any(Row::is_far_off) {
+        println!("\na ratio is far off its mark; measuring once more");
+        rows = measure(&bench, launches, cold_boots);
+        println!("{}", table::text(&rows));
+    }
+    match rows.iter().find(|row| row.is_far_off()) {
+        Some(row) => {
+            println!("\nfar off twice in a row: {}", row.measure);
+            ExitCode::FAILURE
+        }
+        None => ExitCode::SUCCESS,
+    }
+}
+
+fn measure(bench: &Bench, launches: usize, cold_boots: usize) -> Vec<Row> {
+    let mut test = Times::default();
+    let mut test_4g = Times::default();
+    let mut debian = Times::default();
+    for round in 0..launches {
+        for (subject, times) in [(&TEST, &mut test), (&DEBIAN, &mut debian)] {
+            one_launch(bench, subject, times);
+            times.by_hand.push(first_byte(&mut bench.by_hand(subject, false, &COMMAND)));
+            if round < cold_boots {
+                times.cold.push(first_byte(&mut bench.by_hand(subject, true, &COMMAND)));
+            }
+        }
+        one_launch(bench, &TEST_4G, &mut test_4g);
+    }
+    let mut rows = Vec::new();
+    for (name, times, cold_mark) in [("test guest", &test, 1.0 / 20.0), ("Debian guest", &debian, 1.0 / 30.0)] {
+        let ours = median(&times.ours);
+        rows.push(Row::report(format!("{name}: launch → first byte, p50"), ours, "ms"));
+        rows.push(Row::report(format!("{name}: launch → first byte, p95"), percentile(&times.ours, 95.0), "ms"));
+        rows.push(Row::report(format!("{name}: hand-driven, p50"), median(&times.by_hand), "ms"));
+        rows.push(Row::report(format!("{name}: hand-driven, p95"), percentile(&times.by_hand, 95.0), "ms"));
+        rows.push(Row::report(format!("{name}: cold boot, p50"), median(&times.cold), "ms"));
+        rows.push(Row::ratio(format!("{name}: launch : hand-driven"), ours / median(&times.by_hand), 1.15));
+        rows.push(Row::ratio(format!("{name}: launch : cold boot"), ours / median(&times.cold), cold_mark));
+    }
+    rows.push(Row::ratio("4 GiB guest : 256 MiB guest", median(&test_4g.ours) / median(&test.ours), 1.15));
+    let exits: Vec<f64> = [&test, &debian, &test_4g].iter().flat_map(|times| times.exit.clone()).collect();
+    rows.push(Row::limit("command's end → launcher exits, p50", median(&exits), "ms", 10.0));
+    rows.push(Row::report("command's end → launcher exits, p95", percentile(&exits, 95.0), "ms"));
+    let gone: Vec<f64> = (0..launches.min(20)).map(|_| all_gone(bench)).collect();
+    rows.push(Row::limit("command's end → all gone, p50", median(&gone), "ms", 100.0));
+    rows.push(Row::limit("idle test clone: private memory", idle_private(bench, &TEST), "MiB", 1.0));
+    rows.push(Row::limit("idle Debian clone: private memory", idle_private(bench, &DEBIAN), "MiB", 16.0));
+    rows
+}
+
+/// One of our launches: to the first byte, and from the command's end to the launcher's.
+fn one_launch(bench: &Bench, subject: &Subject, times: &mut Times) {
+    let mut command = bench.ours(subject, &COMMAND);
+    let start = Instant::now();
+    let mut launch = command.stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut stdout = launch.stdout.take().expect("a pipe");
+    let mut byte = [0u8];
+    stdout.read_exact(&mut byte).unwrap_or_else(|_| panic!("no byte from {}", subject.dvm));
+    times.ours.push(ms(start));
+    // The command closes its output when it ends; the launcher closes ours when it exits.
+    let _ = stdout.read_to_end(&mut Vec::new());
+    launch.wait().expect("it ends");
+    times.exit.extend(exit_delay(bench, subject));
+}
+
+/// From the agent's word that the command has ended to the exit of the launcher, by the launcher's own timeline and our
+/// clock.
+fn exit_delay(bench: &Bench, subject: &Subject) -> Option<f64> {
+    let mut command = bench.command("dispvm-launch");
+    let start = Instant::now();
+    let output = command.args(["--json", "--dvm", subject.dvm, "--", "true"]).output().ok()?;
+    let total = ms(start);
+    let said: serde_json::Value = serde_json::from_slice(&output.stderr).ok()?;
+    let phases = said["phases_ms"].as_object()?;
+    let until_exited: f64 =
+        phases.iter().filter(|(phase, _)| *phase != "closed").filter_map(|(_, ms)| ms.as_f64()).sum();
+    Some(total - until_exited)
+}
+
+/// Exec to the first byte of the command's output.
+fn first_byte(command: &mut Command) -> f64 {
+    let start = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut byte = [0u8];
+    let read = child.stdout.as_mut().expect("a pipe").read_exact(&mut byte);
+    read.unwrap_or_else(|_| panic!("no byte from {command:?}"));
+    let taken = ms(start);
+    child.wait().expect("it ends");
+    taken
+}
+
+/// From the end of stdin, which ends the command, to the end of QEMU, both seen from outside.
+fn all_gone(bench: &Bench) -> f64 {
+    let mut launch =
+        bench.ours(&TEST, &["sh", "-c", "echo x; read go"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut byte = [0u8];
+    launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
+    let qemu = children(launch.id());
+    let start = Instant::now();
+    drop(launch.stdin.take());
+    while qemu.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    let taken = ms(start);
+    launch.wait().expect("it ends");
+    taken
+}
+
+/// `Anonymous` of the RAM mapping 5 s after the thaw, in MiB.
+fn idle_private(bench: &Bench, subject: &Subject) -> f64 {
+    let mut launch =
+        bench.ours(subject, &["sh", "-c", "echo x; read go"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut byte = [0u8];
+    launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
+    std::thread::sleep(Duration::from_secs(5));
+    let pid = children(launch.id())[0];
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
+    let mut in_ram = false;
+    let mut kib = 0.0;
+    for line in smaps.lines() {
+        if line.split_whitespace().next().is_some_and(|word| word.contains('-') && !word.ends_with(':')) {
+            in_ram = line.ends_with("memory.img");
+        } else if let Some(rest) = line.strip_prefix("Anonymous:").filter(|_| in_ram) {
+            kib += rest.trim().trim_end_matches(" kB").parse::<f64>().unwrap_or(0.0);
+        }
+    }
+    drop(launch.stdin.take());
+    launch.wait().expect("it ends");
+    kib / 1024.0
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+fn ms(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1e3
+}
+
+/// Adds the run to benches/results/launch.jsonl, with the machine it ran on.
+fn keep(rows: &[Row], launches: usize) {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
+    let line = json!({
+        "unix_seconds": seconds,
+        "launches": launches,
+        "cpu": cpu,
+        "cores": std::thread::available_parallelism().map_or(0, usize::from),
+        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        "accel": "tcg",
+        "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
+    });
+    let path = Path::new("benches/results/launch.jsonl");
+    let kept = std::fs::create_dir_all("benches/results")
+        .and_then(|()| std::fs::File::options().append(true).create(true).open(path))
+        .and_then(|mut file| writeln!(file, "{line}"));
+    match kept {
+        Ok(()) => println!("\nkept in {}", path.display()),
+        Err(error) => println!("\ncannot keep the run in {}: {error}", path.display()),
+    }
+}
