@@ -20,27 +20,36 @@ pub(crate) fn find_twins(images: &[Scanned], files: &[&File]) -> io::Result<Vec<
     let mut by_print: Vec<(u64, Ordinal)> =
         images.iter().flat_map(|image| image.scan.prints.iter().copied()).zip(0..).collect();
     by_print.par_sort_unstable();
+    let suggested: Vec<(Ordinal, Ordinal)> =
+        by_print.chunk_by(|a, b| a.0 == b.0).flat_map(pairs_with_first).collect();
     let pages = PageReader::new(images, files);
-    let suggested: Vec<&[(u64, Ordinal)]> =
-        by_print.chunk_by(|a, b| a.0 == b.0).filter(|suggested| suggested.len() > 1).collect();
-    let confirmed =
-        suggested.par_iter().map_init(PageBuffers::new, |buffers, set| pages.confirm(set, buffers));
+    let confirmed = suggested.par_iter().map_init(PageBuffers::new, |buffers, &(first, other)| {
+        let equal = pages.are_equal(first, other, buffers)?;
+        Ok(equal.then_some((first, other)))
+    });
     let mut twins: Vec<Ordinal> = (0..by_print.len() as Ordinal).collect();
-    for set in confirmed.collect::<io::Result<Vec<_>>>()? {
-        let Some((&first, others)) = set.split_first() else { continue };
-        others.iter().for_each(|&other| twins[other as usize] = first);
+    for (first, other) in confirmed.collect::<io::Result<Vec<_>>>()?.into_iter().flatten() {
+        twins[other as usize] = first;
     }
     Ok(twins)
 }
 
+/// Each page of one fingerprint with the first of them.
+fn pairs_with_first(set: &[(u64, Ordinal)]) -> impl Iterator<Item = (Ordinal, Ordinal)> + '_ {
+    let first = set.first().map(|(_, first)| *first);
+    set.iter().skip(1).filter_map(move |(_, other)| Some((first?, *other)))
+}
+
+/// Two pages; the first one stays from comparison to comparison.
 struct PageBuffers {
+    first_is: Option<Ordinal>,
     first: Vec<u8>,
     other: Vec<u8>,
 }
 
 impl PageBuffers {
     fn new() -> PageBuffers {
-        PageBuffers { first: vec![0; PAGE_BYTES], other: vec![0; PAGE_BYTES] }
+        PageBuffers { first_is: None, first: vec![0; PAGE_BYTES], other: vec![0; PAGE_BYTES] }
     }
 }
 
@@ -69,18 +78,14 @@ impl PageReader<'_> {
         PageReader { files, bases: ordinal_bases(images), runs }
     }
 
-    /// The first page of the set, and those that equal it.
-    fn confirm(&self, set: &[(u64, Ordinal)], buffers: &mut PageBuffers) -> io::Result<Vec<Ordinal>> {
-        let Some((&(_, first), others)) = set.split_first() else { return Ok(Vec::new()) };
-        self.read(first, &mut buffers.first)?;
-        let mut equal = vec![first];
-        for &(_, other) in others {
-            self.read(other, &mut buffers.other)?;
-            if buffers.first == buffers.other {
-                equal.push(other);
-            }
+    fn are_equal(&self, first: Ordinal, other: Ordinal, buffers: &mut PageBuffers) -> io::Result<bool> {
+        if buffers.first_is != Some(first) {
+            buffers.first_is = None;
+            self.read(first, &mut buffers.first)?;
+            buffers.first_is = Some(first);
         }
-        Ok(equal)
+        self.read(other, &mut buffers.other)?;
+        Ok(buffers.first == buffers.other)
     }
 
     fn read(&self, ordinal: Ordinal, page: &mut [u8]) -> io::Result<()> {
