@@ -6,6 +6,8 @@ say() { echo ">> $*" >&2; }
 
 # An ordinary user's PATH often lacks these (mke2fs, depmod, debugfs).
 export PATH=$PATH:/usr/sbin:/sbin LC_ALL=C.UTF-8
+# Guests and unpacked packages must not depend on the caller's.
+umask 022
 
 # Prints "URI SUITE" of each source of Debian's own that this machine has configured. The origin comes from the signed
 # release file: other vendors have suites called "bookworm" too.
