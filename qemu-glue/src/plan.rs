@@ -183,8 +183,9 @@ fn devices(plan: &Plan<'_>, args: &mut Args) {
     args.push(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
     args.option("-device", format!("virtio-balloon-pci,id={BALLOON}"));
     args.option("-netdev", netdev(plan.link));
-    // The card keeps the MAC of the capture; the agent changes it inside the guest.
-    args.push(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile="]);
+    // The card keeps the MAC of the capture; the agent changes it inside the guest. Nothing is to be announced on the
+    // restored link before that, least of all the MAC that all clones share.
+    args.push(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile=,guest_announce=off"]);
 }
 
 fn netdev(link: Link) -> String {

@@ -89,7 +89,7 @@ fn main() {
     command.args(["-device", "virtio-serial-pci,id=ports", "-device", "virtserialport,chardev=agent,name=dispvm.agent"]);
     command.args(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
     command.args(["-device", "virtio-balloon-pci,id=balloon", "-netdev", "hubport,id=net,hubid=0"]);
-    command.args(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile="]);
+    command.args(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile=,guest_announce=off"]);
     let mut qemu = command.stdin(Stdio::null()).spawn().expect("QEMU starts");
     drop((qmp_theirs, agent_theirs));
 
