@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source=tools/apt.sh
 . "$(dirname "$0")/apt.sh"
 
-RUST_AT_LEAST=1.85 # rust-version in Cargo.toml; Debian 12's own rustc is 1.63
+RUST_AT_LEAST=1.90 # rust-version in Cargo.toml; Debian 12's own rustc is 1.63
 
 as_root() { if ((EUID == 0)); then "$@"; else sudo "$@"; fi; }
 # DEBIAN_FRONTEND through env: sudo drops it.
