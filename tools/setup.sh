@@ -29,6 +29,7 @@ need mmdebstrap mmdebstrap
 need fakeroot fakeroot
 need newuidmap uidmap # mmdebstrap as an ordinary user
 need mke2fs e2fsprogs
+need ip iproute2 # the tests of tap interfaces
 need depmod kmod
 need cpio cpio
 need zstd zstd

@@ -51,7 +51,8 @@ impl Bench {
     /// Makes sure that the subject has a fresh savefile.
     pub fn prepare(&self, subject: &Subject) {
         let guests = self.target.join("guests");
-        let cmdline = fs::read_to_string(guests.join(format!("{}-root.cmdline", subject.guest))).expect("`make guests`");
+        let cmdline = fs::read_to_string(guests.join(format!("{}-root.cmdline", subject.guest)))
+            .expect("`make guests`");
         let mut add = self.command("dispvm-qube");
         add.args(["add-template", subject.template, "--cmdline", cmdline.trim()]);
         add.arg("--root-image").arg(guests.join(format!("{}-root.img", subject.guest)));

@@ -20,7 +20,10 @@ mod tests {
     #[test]
     fn percentiles_are_samples() {
         let samples = [5.0, 1.0, 3.0, 2.0, 4.0];
-        assert_eq!((median(&samples), percentile(&samples, 95.0), percentile(&samples, 0.0)), (3.0, 5.0, 1.0));
+        assert_eq!(
+            (median(&samples), percentile(&samples, 95.0), percentile(&samples, 0.0)),
+            (3.0, 5.0, 1.0)
+        );
         assert_eq!(median(&[]), 0.0);
     }
 }

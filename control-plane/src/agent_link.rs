@@ -111,7 +111,13 @@ impl AgentLink {
     }
 
     /// Sends `frame` and waits until the agent says it is done.
-    fn ask(&mut self, step: &'static str, frame: &HostFrame, op: Op, limit: Duration) -> Result<(), AgentError> {
+    fn ask(
+        &mut self,
+        step: &'static str,
+        frame: &HostFrame,
+        op: Op,
+        limit: Duration,
+    ) -> Result<(), AgentError> {
         self.queue(frame)?;
         self.wait_done(step, op, limit)
     }

@@ -23,7 +23,8 @@ impl Common {
     }
 
     fn state_path(&self) -> Result<PathBuf> {
-        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let variable =
+            |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         if let Some(root) = self.root.clone().or_else(|| variable("DISPVM_ROOT")) {
             return Ok(root);
         }
@@ -33,7 +34,9 @@ impl Common {
         variable("XDG_DATA_HOME")
             .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
             .map(|data| data.join("dispvm"))
-            .ok_or_else(|| Error::new(Kind::Usage, "neither HOME nor XDG_DATA_HOME is set").hint("give --root DIR"))
+            .ok_or_else(|| {
+                Error::new(Kind::Usage, "neither HOME nor XDG_DATA_HOME is set").hint("give --root DIR")
+            })
     }
 }
 

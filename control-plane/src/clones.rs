@@ -50,7 +50,8 @@ impl Lease {
             let path = state.clones().join(number.to_string());
             let Some(mut lock) = state::try_lock(&path)? else { continue };
             // A sweep may have removed the file between its opening and its locking.
-            let same = fs::metadata(&path).ok().zip(lock.metadata().ok()).is_some_and(|(a, b)| a.ino() == b.ino());
+            let same =
+                fs::metadata(&path).ok().zip(lock.metadata().ok()).is_some_and(|(a, b)| a.ino() == b.ino());
             if !same {
                 continue;
             }

@@ -116,15 +116,24 @@ fn short(hash: &str) -> &str {
 
 /// The manifest without what does not make it stale.
 fn comparable(manifest: &Manifest) -> Manifest {
-    Manifest { generation: 0, created: 0, agent_version: String::new(), working_set: Vec::new(), ..manifest.clone() }
+    Manifest {
+        generation: 0,
+        created: 0,
+        agent_version: String::new(),
+        working_set: Vec::new(),
+        ..manifest.clone()
+    }
 }
 
 fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<GuestSpec> {
     let files = state.root_generation(&dvm.template, template.generation);
     let mib = |mib: u64| ByteCount(mib << 20);
     if !(64..=1 << 20).contains(&dvm.memory_mib) || !(1..=64).contains(&dvm.vcpus) {
-        return Err(Error::new(Kind::Usage, format!("{name}: {} MiB and {} vCPUs", dvm.memory_mib, dvm.vcpus))
-            .hint("memory_mib is from 64 to 1048576, vcpus from 1 to 64"));
+        return Err(Error::new(
+            Kind::Usage,
+            format!("{name}: {} MiB and {} vCPUs", dvm.memory_mib, dvm.vcpus),
+        )
+        .hint("memory_mib is from 64 to 1048576, vcpus from 1 to 64"));
     }
     Ok(GuestSpec {
         memory: mib(dvm.memory_mib),

@@ -68,8 +68,11 @@ impl Report {
 
     /// For `--json`: one object.
     pub fn json(&self) -> Value {
-        let phases: serde_json::Map<String, Value> =
-            self.timeline.phases_ms().map(|(phase, ms)| (phase.to_owned(), json!((ms * 1e3).round() / 1e3))).collect();
+        let phases: serde_json::Map<String, Value> = self
+            .timeline
+            .phases_ms()
+            .map(|(phase, ms)| (phase.to_owned(), json!((ms * 1e3).round() / 1e3)))
+            .collect();
         json!({
             "name": self.name,
             "host": self.host,
@@ -102,7 +105,9 @@ pub fn run(state: &State, settings: &Settings, request: Request, say: &dyn Fn(&s
     let connect = |pipe| AgentLink::with_command(pipe, request.exec);
     let spec = &guest.spec;
     let launched = match image {
-        Some((.., files)) => launch::restore(&*host, spec, files, &confinement, &identity, connect, &mut timeline),
+        Some((.., files)) => {
+            launch::restore(&*host, spec, files, &confinement, &identity, connect, &mut timeline)
+        }
         None => launch::cold(&*host, spec, &confinement, &identity, connect, &mut timeline),
     };
     let mut clone = launched.map_err(launch_error)?;

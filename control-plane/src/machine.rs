@@ -31,9 +31,11 @@ pub struct Settings {
 /// Finds the host, probing it with `kernel` if it is not known yet.
 pub fn host(state: &State, settings: &Settings, kernel: &Path) -> Result<Box<dyn Host>> {
     let program = settings.qemu.clone().or_else(|| probe::in_path(&settings.path));
-    let program = program.ok_or_else(|| Error::new(Kind::Failed, "QEMU is not there").hint(
-        "`apt install qemu-system-x86`, or name another with DISPVM_QEMU=/path/to/qemu-system-x86_64",
-    ))?;
+    let program = program.ok_or_else(|| {
+        Error::new(Kind::Failed, "QEMU is not there").hint(
+            "`apt install qemu-system-x86`, or name another with DISPVM_QEMU=/path/to/qemu-system-x86_64",
+        )
+    })?;
     let qemu = Qemu::find(&program, &state.qemu_cache(), kernel).map_err(|error| match error {
         ProbeError::Io { ref path, .. } if path == kernel => Error::failed("find out about QEMU")(error),
         error => Error::new(Kind::Failed, "QEMU cannot be used").because(error),
@@ -53,8 +55,7 @@ pub fn confinement(state: &State, settings: &Settings, number: CloneNumber) -> C
 /// Refuses a clone for which there would not be enough memory if it took all it may: the host's OOM killer shall never
 /// have to choose.
 pub fn check_memory(spec: &GuestSpec, confinement: &Confinement) -> Result<()> {
-    let needed =
-        spec.memory.0 + spec.volumes.len() as u64 * confinement.volume_memory_max.0 + HOST_RESERVE;
+    let needed = spec.memory.0 + spec.volumes.len() as u64 * confinement.volume_memory_max.0 + HOST_RESERVE;
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let available = text
         .lines()

@@ -37,7 +37,8 @@ pub fn take(state: &State, alive: impl Fn(CloneNumber) -> bool) -> Result<CloneN
     let start = random_u32().map_err(Error::failed("draw a name"))? % CLONE_NUMBERS;
     // From a random place with a random stride that visits every number: 10,000 = 2^4 · 5^4, so any stride ending
     // in 1, 3, 7 or 9 does.
-    let stride = [1, 3, 7, 9][(start % 4) as usize] + 10 * (random_u32().map_err(Error::failed("draw a name"))? % 1000);
+    let stride = [1, 3, 7, 9][(start % 4) as usize]
+        + 10 * (random_u32().map_err(Error::failed("draw a name"))? % 1000);
     (0..CLONE_NUMBERS)
         .map(|step| (u64::from(start) + u64::from(step) * u64::from(stride)) % u64::from(CLONE_NUMBERS))
         .filter_map(|number| CloneNumber::new(number as u32))

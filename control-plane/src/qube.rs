@@ -105,11 +105,13 @@ impl Qube {
                 .hint("`dispvm-qube list` shows those there are"),
             _ => Error::io("read", &path)(error),
         })?;
-        let qube: Qube = toml::from_str(&text).map_err(|error| {
-            Error::new(Kind::Failed, format!("{}: {}", path.display(), error.message()))
-        })?;
+        let qube: Qube = toml::from_str(&text)
+            .map_err(|error| Error::new(Kind::Failed, format!("{}: {}", path.display(), error.message())))?;
         if qube.name != name {
-            return Err(Error::new(Kind::Failed, format!("{} is the record of {:?}", path.display(), qube.name)));
+            return Err(Error::new(
+                Kind::Failed,
+                format!("{} is the record of {:?}", path.display(), qube.name),
+            ));
         }
         Ok(qube)
     }

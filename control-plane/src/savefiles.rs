@@ -168,7 +168,10 @@ fn load_hook(folder: &Path, prerun: &Prerun) -> Result<Option<Vec<u8>>> {
         Prerun::File(path) => {
             let bytes = fs::read(path).map_err(Error::io("read the prerun hook", path))?;
             if bytes.is_empty() || bytes.len() > qrexec::PRERUN_BYTES_MAX {
-                return Err(Error::new(Kind::Usage, format!("{} is no hook: {} bytes", path.display(), bytes.len())));
+                return Err(Error::new(
+                    Kind::Usage,
+                    format!("{} is no hook: {} bytes", path.display(), bytes.len()),
+                ));
             }
             state::replace_file(&kept, &bytes)?;
             Ok(Some(bytes))
@@ -307,13 +310,15 @@ pub fn collect(state: &State) -> Result<Collected> {
     let qubes = Qube::all(state)?;
     let mut collected = Collected::default();
     let mut roots: HashSet<String> = living.iter().map(|clone| clone.root_hash.clone()).collect();
-    let mut generations_used: HashSet<(String, u64)> = living.iter().map(|clone| clone.template.clone()).collect();
+    let mut generations_used: HashSet<(String, u64)> =
+        living.iter().map(|clone| clone.template.clone()).collect();
     for qube in &qubes {
         match &qube.class {
             Class::AppVM(dvm) => {
                 let pinned = dvm.savefile.as_ref();
                 roots.extend(pinned.map(|pin| pin.root_hash.clone()));
-                collected.savefiles += remove_old_savefiles(state, &qube.name, pinned.map(|pin| pin.generation))?;
+                collected.savefiles +=
+                    remove_old_savefiles(state, &qube.name, pinned.map(|pin| pin.generation))?;
             }
             Class::TemplateVM(template) => {
                 generations_used.insert((qube.name.clone(), template.generation));
@@ -358,9 +363,11 @@ fn remove_old_roots(state: &State, template: &str, used: &HashSet<(String, u64)>
     let mut removed = 0;
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        let generation = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<u64>().ok());
+        let generation =
+            path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<u64>().ok());
         match generation {
-            Some(generation) if generation == current || used.contains(&(template.to_owned(), generation)) => {}
+            Some(generation)
+                if generation == current || used.contains(&(template.to_owned(), generation)) => {}
             _ => {
                 fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
                 removed += 1;
@@ -371,11 +378,14 @@ fn remove_old_roots(state: &State, template: &str, used: &HashSet<(String, u64)>
 }
 
 fn parse_root(pin: &SavefilePin) -> Result<RootHash> {
-    pin.root_hash.parse().map_err(|error| Error::new(Kind::Failed, "the record's root hash is none").because(error))
+    pin.root_hash
+        .parse()
+        .map_err(|error| Error::new(Kind::Failed, "the record's root hash is none").because(error))
 }
 
 fn no_savefile(dvm: &str) -> Error {
-    Error::new(Kind::Unusable, format!("{dvm} has no savefile")).hint(format!("`dispvm-savefile build {dvm}`"))
+    Error::new(Kind::Unusable, format!("{dvm} has no savefile"))
+        .hint(format!("`dispvm-savefile build {dvm}`"))
 }
 
 fn unusable(dvm: &str, error: savefile::Error) -> Error {

@@ -102,7 +102,8 @@ pub fn run(
     signals: &mut Signals,
     timeline: &mut Timeline,
 ) -> Result<Ending, SessionError> {
-    let mut pump = Pump { stdin: Input::default(), stdout: Output::default(), stderr: Output::default(), exit: None };
+    let mut pump =
+        Pump { stdin: Input::default(), stdout: Output::default(), stderr: Output::default(), exit: None };
     loop {
         while let Some(frame) = link.next_frame()? {
             pump.take(frame, timeline)?;
@@ -177,7 +178,8 @@ impl Pump {
         caller: &Caller<'_>,
         signals: &Signals,
     ) -> Result<Ready, SessionError> {
-        let agent = if link.wants_to_send() { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
+        let agent =
+            if link.wants_to_send() { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN };
         let stdin = if self.stdin.wants() { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds = [
             PollFd::new(signals.0.as_fd(), PollFlags::POLLIN),

@@ -120,8 +120,7 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Takes the exclusive lock of a file (made if need be), waiting for it.
 pub fn lock(path: &Path) -> Result<Flock<File>> {
     let file = open_lock(path).map_err(Error::io("open", path))?;
-    Flock::lock(file, FlockArg::LockExclusive)
-        .map_err(|(_, error)| Error::io("lock", path)(error.into()))
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| Error::io("lock", path)(error.into()))
 }
 
 /// Takes the exclusive lock of a file if nobody has it.

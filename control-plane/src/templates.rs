@@ -49,7 +49,14 @@ pub fn add_template(state: &State, name: &str, label: &str, files: &TemplateFile
         }
         let (kernel_hash, _) = copy_immutable(files.kernel, &aside.join("vmlinuz"))?;
         let (initrd_hash, _) = copy_immutable(files.initrd, &aside.join("initrd"))?;
-        Ok(Template { generation, root_hash, root_bytes, kernel_hash, initrd_hash, cmdline: files.cmdline.clone() })
+        Ok(Template {
+            generation,
+            root_hash,
+            root_bytes,
+            kernel_hash,
+            initrd_hash,
+            cmdline: files.cmdline.clone(),
+        })
     })();
     let template = made.inspect_err(|_| drop(fs::remove_dir_all(&aside)))?;
     if let Some(before) = before.filter(|before| Template { generation, ..before.clone() } == template) {
@@ -74,8 +81,11 @@ pub fn add_dvm(state: &State, name: &str, label: &str, mut dvm: Dvm) -> Result<(
     match Qube::load(state, name) {
         Ok(Qube { class: Class::AppVM(before), .. }) => {
             if before.private_mib != dvm.private_mib {
-                return Err(Error::new(Kind::Usage, format!("{name} has a private volume of {} MiB", before.private_mib))
-                    .hint("its size stays as it was made"));
+                return Err(Error::new(
+                    Kind::Usage,
+                    format!("{name} has a private volume of {} MiB", before.private_mib),
+                )
+                .hint("its size stays as it was made"));
             }
             dvm.private_generation = before.private_generation;
             dvm.private_id = before.private_id;

@@ -84,7 +84,10 @@ impl Identity {
 // The entropy is the clone's secret: it is not printed.
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Identity").field("number", &self.number).field("machine_id", &self.machine_id).finish()
+        f.debug_struct("Identity")
+            .field("number", &self.number)
+            .field("machine_id", &self.machine_id)
+            .finish()
     }
 }
 

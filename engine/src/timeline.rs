@@ -28,9 +28,10 @@ impl Timeline {
     /// Each phase with how long it took, in ms.
     pub fn phases_ms(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
         let starts = std::iter::once(Duration::ZERO).chain(self.marks.iter().map(|(_, at)| *at));
-        self.marks.iter().zip(starts).map(|((phase, end), begin)| {
-            (*phase, end.saturating_sub(begin).as_secs_f64() * 1e3)
-        })
+        self.marks
+            .iter()
+            .zip(starts)
+            .map(|((phase, end), begin)| (*phase, end.saturating_sub(begin).as_secs_f64() * 1e3))
     }
 }
 

@@ -83,7 +83,11 @@ impl Domain for QemuDomain {
         let all = self.memory_size.0;
         // Free memory that was never touched reads as zero already. The guest's allocator gives the balloon what was
         // freed before what was never used, so half as much again as there are touched free pages gets nearly all.
-        let touched = self.memory.as_ref().and_then(|memory| memory.metadata().ok()).map_or(all, |meta| meta.blocks() * 512);
+        let touched = self
+            .memory
+            .as_ref()
+            .and_then(|memory| memory.metadata().ok())
+            .map_or(all, |meta| meta.blocks() * 512);
         let touched_free = touched.saturating_sub(all.saturating_sub(free.0));
         let inflate = (touched_free + touched_free / 2).min(free.0.saturating_sub(BALLOON_RESERVE)).min(all);
         self.balloon_to(all - inflate)?;
@@ -188,7 +192,9 @@ impl QemuDomain {
             }
         }
         let mut bytes = Vec::new();
-        file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_end(&mut bytes)).map_err(HostError::io(step))?;
+        file.seek(SeekFrom::Start(0))
+            .and_then(|_| file.read_to_end(&mut bytes))
+            .map_err(HostError::io(step))?;
         Ok(bytes)
     }
 
@@ -201,7 +207,8 @@ impl QemuDomain {
         }
         let at = self.overlays.iter().position(|overlay| names_volume(event, &overlay.volume));
         let Some(at) = at.filter(|at| !self.overlays[*at].spilled) else {
-            let reason = format!("a volume is full: the disk that holds {} is", self.confinement.spill_dir.display());
+            let reason =
+                format!("a volume is full: the disk that holds {} is", self.confinement.spill_dir.display());
             return Err(HostError::Refused { step, reason });
         };
         self.overlays[at].spilled = true;

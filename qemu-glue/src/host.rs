@@ -6,7 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use engine::host::{BootPurpose, Confinement, Domain, GuestSpec, Host, HostError, HostFacts, Nic, VolumeSpec};
+use engine::host::{
+    BootPurpose, Confinement, Domain, GuestSpec, Host, HostError, HostFacts, Nic, VolumeSpec,
+};
 use engine::image::hot::{HotFiles, StackDelta};
 use engine::savefile::{PageMap, VolumeInfo};
 use engine::units::ByteCount;
@@ -122,7 +124,8 @@ impl QemuHost {
         let guard = swap::guard(bytes_max, self.qemu.locks_on_fault())?;
         let (qmp, qmp_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
         let (agent, agent_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
-        let overlays = spec.volumes.iter().map(|volume| overlay(volume, confinement)).collect::<Result<Vec<_>, _>>()?;
+        let overlays =
+            spec.volumes.iter().map(|volume| overlay(volume, confinement)).collect::<Result<Vec<_>, _>>()?;
         let bases = spec.volumes.iter().map(open_volume_base).collect::<Result<Vec<_>, _>>()?;
         let (link, tap) = open_link(nic)?;
 
@@ -132,12 +135,19 @@ impl QemuHost {
             .map(|(overlay, base)| VolumeFds {
                 name: overlay.volume.clone(),
                 overlay: overlay.file.as_raw_fd(),
-                delta: files.deltas.iter().find(|(name, _)| *name == overlay.volume).map(|(_, f)| f.as_raw_fd()),
+                delta: files
+                    .deltas
+                    .iter()
+                    .find(|(name, _)| *name == overlay.volume)
+                    .map(|(_, f)| f.as_raw_fd()),
                 base: base.as_ref().map(AsRawFd::as_raw_fd),
             })
             .collect();
-        let mut inherit: Vec<RawFd> = vec![files.memory.as_raw_fd(), qmp_theirs.as_raw_fd(), agent_theirs.as_raw_fd()];
-        inherit.extend(volumes.iter().flat_map(|volume| [Some(volume.overlay), volume.delta, volume.base]).flatten());
+        let mut inherit: Vec<RawFd> =
+            vec![files.memory.as_raw_fd(), qmp_theirs.as_raw_fd(), agent_theirs.as_raw_fd()];
+        inherit.extend(
+            volumes.iter().flat_map(|volume| [Some(volume.overlay), volume.delta, volume.base]).flatten(),
+        );
         inherit.extend(files.further.iter().map(AsRawFd::as_raw_fd));
         inherit.extend(tap.as_ref().map(AsRawFd::as_raw_fd));
         let lock_on_fault = guard == SwapGuard::LockOnFault;
@@ -160,7 +170,8 @@ impl QemuHost {
             accel: self.qemu.accel,
             inherit,
             slot: confinement.slot,
-            lock_limit: (lock_on_fault && nix::unistd::geteuid().is_root()).then_some(nix::libc::RLIM_INFINITY),
+            lock_limit: (lock_on_fault && nix::unistd::geteuid().is_root())
+                .then_some(nix::libc::RLIM_INFINITY),
             catch_memory_open: (memory == Memory::PrivateCaught).then_some(files.memory),
         })
         .map_err(HostError::io(step))?;
@@ -182,7 +193,8 @@ impl QemuHost {
 /// Asks for the device state to be loaded, without waiting: QEMU is still starting.
 fn load_state(qmp: &mut Qmp, state: RawFd) -> io::Result<()> {
     let capabilities = json!([{ "capability": "x-ignore-shared", "state": true }]);
-    qmp.post("migrate-set-capabilities", json!({ "capabilities": capabilities })).map_err(io::Error::other)?;
+    qmp.post("migrate-set-capabilities", json!({ "capabilities": capabilities }))
+        .map_err(io::Error::other)?;
     qmp.post("migrate-incoming", json!({ "uri": format!("fd:{state}") })).map_err(io::Error::other)
 }
 
@@ -202,7 +214,8 @@ fn overlay(volume: &VolumeSpec, confinement: &Confinement) -> Result<Overlay, Ho
     let len = file.metadata().map_err(HostError::io(step))?.len();
     file.set_len(len + confinement.volume_memory_max.0).map_err(HostError::io(step))?;
     let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-    fcntl(file.as_raw_fd(), FcntlArg::F_ADD_SEALS(seals)).map_err(|error| HostError::Io { step, source: error.into() })?;
+    fcntl(file.as_raw_fd(), FcntlArg::F_ADD_SEALS(seals))
+        .map_err(|error| HostError::Io { step, source: error.into() })?;
     Ok(Overlay { volume: volume.name.clone(), size: volume.size, file, spilled: false })
 }
 

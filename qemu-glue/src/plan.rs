@@ -24,7 +24,8 @@ pub const BALLOON: &str = "balloon";
 pub const AGENT_PORT: &str = "dispvm.agent";
 
 /// Everything of q35 a clone does without costs start-up time.
-const MACHINE_OPTIONS: &str = "smbus=off,sata=off,usb=off,vmport=off,hpet=off,dump-guest-core=off,memory-backend=mem";
+const MACHINE_OPTIONS: &str =
+    "smbus=off,sata=off,usb=off,vmport=off,hpet=off,dump-guest-core=off,memory-backend=mem";
 
 /// How QEMU gets at guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,7 +135,10 @@ fn machine(plan: &Plan<'_>, args: &mut Args) {
     args.option("-machine", format!("{MACHINE},{MACHINE_OPTIONS}"));
     args.option(
         "-object",
-        format!("memory-backend-file,id=mem,size={memory},mem-path=/proc/self/fd/{},{access}", plan.memory_fd),
+        format!(
+            "memory-backend-file,id=mem,size={memory},mem-path=/proc/self/fd/{},{access}",
+            plan.memory_fd
+        ),
     );
     args.option("-m", format!("{}M", memory >> 20));
     args.option("-smp", plan.spec.vcpus.to_string());

@@ -116,7 +116,8 @@ impl Qemu {
 
     /// Major and minor version.
     pub fn number(&self) -> (u32, u32) {
-        let mut parts = self.version.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+        let mut parts =
+            self.version.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
         (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
     }
 
@@ -141,7 +142,10 @@ impl Seen {
             bytes: meta.len(),
             mtime_ns: i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()),
             inode: meta.ino(),
-            boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned(),
+            boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")
+                .unwrap_or_default()
+                .trim()
+                .to_owned(),
         })
     }
 }
@@ -193,7 +197,18 @@ fn kvm_boots(program: &Path, kernel: &Path) -> bool {
         return false;
     }
     let child = Command::new(program)
-        .args(["-accel", "kvm", "-cpu", "host", "-machine", "q35", "-m", "256", "-nodefaults", "-no-user-config"])
+        .args([
+            "-accel",
+            "kvm",
+            "-cpu",
+            "host",
+            "-machine",
+            "q35",
+            "-m",
+            "256",
+            "-nodefaults",
+            "-no-user-config",
+        ])
         .args(["-display", "none", "-no-reboot", "-serial", "stdio", "-kernel"])
         .arg(kernel)
         .args(["-append", "console=ttyS0 panic=-1 quiet"])
@@ -237,14 +252,16 @@ mod tests {
 
     #[test]
     fn a_missing_qemu_says_what_to_do() {
-        let error = Qemu::find(Path::new("/nowhere/qemu"), Path::new("/nowhere/cache"), Path::new("/k")).unwrap_err();
+        let error =
+            Qemu::find(Path::new("/nowhere/qemu"), Path::new("/nowhere/cache"), Path::new("/k")).unwrap_err();
         assert!(error.to_string().contains("apt install"), "{error}");
     }
 
     #[test]
     fn a_program_that_is_no_qemu_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let error = Qemu::find(Path::new("/bin/true"), &folder.path().join("c"), Path::new("/k")).unwrap_err();
+        let error =
+            Qemu::find(Path::new("/bin/true"), &folder.path().join("c"), Path::new("/k")).unwrap_err();
         assert!(matches!(error, ProbeError::Unusable { .. }), "{error}");
     }
 }

@@ -95,7 +95,10 @@ impl Process {
         if let Some((socket, file)) = caught {
             let listener = sys::receive_listener(socket.as_fd())?;
             if let Err(error) = sys::answer_open(listener, file, OPEN_LIMIT) {
-                return Err(io::Error::other(format!("QEMU did not open its memory ({error}){}", process.last_words())));
+                return Err(io::Error::other(format!(
+                    "QEMU did not open its memory ({error}){}",
+                    process.last_words()
+                )));
             }
         }
         Ok(process)
@@ -157,7 +160,8 @@ fn own_user(slot: u32, accel: Accel) -> Option<(u32, Option<u32>)> {
     if !nix::unistd::geteuid().is_root() {
         return None;
     }
-    let group = (accel == Accel::Kvm).then(|| std::fs::metadata("/dev/kvm").map(|meta| meta.gid()).ok()).flatten();
+    let group =
+        (accel == Accel::Kvm).then(|| std::fs::metadata("/dev/kvm").map(|meta| meta.gid()).ok()).flatten();
     Some((UID_BASE + slot, group))
 }
 

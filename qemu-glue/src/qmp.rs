@@ -136,7 +136,8 @@ impl Qmp {
             if message.get("id").and_then(Value::as_str) != Some("asked") {
                 self.keep_if_event(message);
             } else if let Some(error) = message.get("error") {
-                let message = error.get("desc").and_then(Value::as_str).unwrap_or("no description").to_owned();
+                let message =
+                    error.get("desc").and_then(Value::as_str).unwrap_or("no description").to_owned();
                 return Err(QmpError::Refused { command: command.to_owned(), message });
             } else {
                 return Ok(message["return"].take());
@@ -206,7 +207,8 @@ mod tests {
     fn events_before_the_answer_are_kept_in_order() {
         let (mut qmp, mut qemu) = pair();
         qemu.write_all(b"{\"QMP\":{}}\n{\"return\":{},\"id\":\"hello\"}\n{\"event\":\"A\"}\n").unwrap();
-        qemu.write_all(b"{\"event\":\"B\",\"data\":{\"x\":1}}\n{\"return\":{\"n\":7},\"id\":\"asked\"}\n").unwrap();
+        qemu.write_all(b"{\"event\":\"B\",\"data\":{\"x\":1}}\n{\"return\":{\"n\":7},\"id\":\"asked\"}\n")
+            .unwrap();
         assert_eq!(qmp.execute("query-x", json!({}), SOON).unwrap()["n"], 7);
         assert_eq!(qmp.next_event(SOON).unwrap().name, "A");
         assert_eq!(qmp.pending_event().unwrap().unwrap().data["x"], 1);

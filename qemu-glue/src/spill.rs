@@ -77,7 +77,9 @@ fn run_job(qmp: &mut Qmp, id: &str, options: Value) -> Result<(), QmpError> {
                 qmp.execute("job-dismiss", json!({ "id": id }), COMMAND_LIMIT)?;
                 return match error {
                     None => Ok(()),
-                    Some(message) => Err(QmpError::Refused { command: "blockdev-create".to_owned(), message }),
+                    Some(message) => {
+                        Err(QmpError::Refused { command: "blockdev-create".to_owned(), message })
+                    }
                 };
             }
             _ if Instant::now() > deadline => return Err(QmpError::Timeout(COMMAND_LIMIT)),

@@ -48,14 +48,18 @@ fn swap_devices(swaps: &str) -> impl Iterator<Item = &str> {
 }
 
 fn is_plaintext(device: &str) -> bool {
-    let Some(name) = fs::canonicalize(device).ok().and_then(|path| path.file_name()?.to_str().map(str::to_owned))
+    let Some(name) =
+        fs::canonicalize(device).ok().and_then(|path| path.file_name()?.to_str().map(str::to_owned))
     else {
         return true;
     };
     let block = Path::new("/sys/class/block").join(&name);
     if name.starts_with("zram") {
         // A zram may write pages back to a disk.
-        return !matches!(fs::read_to_string(block.join("backing_dev")).as_deref().map(str::trim), Ok("none") | Err(_));
+        return !matches!(
+            fs::read_to_string(block.join("backing_dev")).as_deref().map(str::trim),
+            Ok("none") | Err(_)
+        );
     }
     !fs::read_to_string(block.join("dm/uuid")).is_ok_and(|uuid| uuid.starts_with("CRYPT-"))
 }
@@ -74,7 +78,8 @@ fn own_cgroup_forbids_swap() -> bool {
 /// Root raises the limit for the child; anyone else lives with the one there is.
 fn may_lock(bytes_max: u64) -> bool {
     nix::unistd::geteuid().is_root()
-        || getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(_, hard)| hard == nix::libc::RLIM_INFINITY || hard >= bytes_max)
+        || getrlimit(Resource::RLIMIT_MEMLOCK)
+            .is_ok_and(|(_, hard)| hard == nix::libc::RLIM_INFINITY || hard >= bytes_max)
 }
 
 #[cfg(test)]

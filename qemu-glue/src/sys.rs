@@ -86,7 +86,9 @@ unsafe fn forbid_core_dump() -> io::Result<()> {
     // SAFETY: `limit` is a live local.
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &limit) })?;
     // SAFETY: a static NUL-terminated path; the descriptor is closed below.
-    let fd = check(unsafe { libc::open(c"/proc/self/coredump_filter".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) })?;
+    let fd = check(unsafe {
+        libc::open(c"/proc/self/coredump_filter".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC)
+    })?;
     // SAFETY: two bytes of a static string; `fd` is open and ours.
     let written = unsafe { libc::write(fd, c"0\n".as_ptr().cast(), 2) };
     // SAFETY: `fd` is ours and not used again.

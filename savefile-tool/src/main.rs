@@ -143,7 +143,8 @@ fn list(state: &State, json: bool) -> Result<()> {
     for qube in Qube::all(state)?.into_iter().filter(|qube| qube.dvm().is_ok()) {
         let standing = standing(state, &qube.name)?;
         let pin = qube.dvm()?.savefile.clone();
-        let bytes = pin.as_ref().and_then(|pin| std::fs::metadata(state.savefile(&qube.name, pin.generation)).ok());
+        let bytes =
+            pin.as_ref().and_then(|pin| std::fs::metadata(state.savefile(&qube.name, pin.generation)).ok());
         rows.push(report::Row {
             name: qube.name.clone(),
             generation: pin.map(|pin| pin.generation),

@@ -82,7 +82,10 @@ pub fn print_info(description: &Description, json: bool) {
     line("vCPUs", manifest.vcpus.to_string());
     line("stored", bytes_text(description.stored_bytes));
     let host = &manifest.host;
-    line("host", format!("{} {}, {}, {}, {}", host.kind, host.version, host.machine, host.cpu_model, host.accel));
+    line(
+        "host",
+        format!("{} {}, {}, {}, {}", host.kind, host.version, host.machine, host.cpu_model, host.accel),
+    );
     line("agent", manifest.agent_version.clone());
     line("created", format!("{} (seconds since 1970)", manifest.created));
 }

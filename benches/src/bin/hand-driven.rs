@@ -67,7 +67,12 @@ fn main() {
     match (&options.image, &options.state) {
         (Some(image), Some(state)) => {
             let path = image.display();
-            command.args(["-object", &format!("memory-backend-file,id=mem,size={size},mem-path={path},share=off,readonly=on,rom=off")]);
+            command.args([
+                "-object",
+                &format!(
+                    "memory-backend-file,id=mem,size={size},mem-path={path},share=off,readonly=on,rom=off"
+                ),
+            ]);
             command.args(["-incoming", "defer"]);
             incoming = Some(inherit(File::open(state).expect("the device state"), &mut kept));
         }
@@ -75,7 +80,10 @@ fn main() {
             let file = memfd();
             file.set_len(size).expect("memory");
             let fd = inherit(file, &mut kept);
-            command.args(["-object", &format!("memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{fd},share=on")]);
+            command.args([
+                "-object",
+                &format!("memory-backend-file,id=mem,size={size},mem-path=/proc/self/fd/{fd},share=on"),
+            ]);
             command.arg("-kernel").arg(options.kernel.as_ref().expect("--kernel"));
             command.arg("-initrd").arg(options.initrd.as_ref().expect("--initrd"));
             command.args(["-append", options.cmdline.as_ref().expect("--cmdline")]);
@@ -84,9 +92,19 @@ fn main() {
     for volume in &options.volume {
         add_volume(volume, &mut command, &mut kept);
     }
-    command.args(["-chardev", &format!("socket,id=qmp,fd={}", qmp_theirs.as_raw_fd()), "-mon", "chardev=qmp,mode=control"]);
+    command.args([
+        "-chardev",
+        &format!("socket,id=qmp,fd={}", qmp_theirs.as_raw_fd()),
+        "-mon",
+        "chardev=qmp,mode=control",
+    ]);
     command.args(["-chardev", &format!("socket,id=agent,fd={}", agent_theirs.as_raw_fd())]);
-    command.args(["-device", "virtio-serial-pci,id=ports", "-device", "virtserialport,chardev=agent,name=dispvm.agent"]);
+    command.args([
+        "-device",
+        "virtio-serial-pci,id=ports",
+        "-device",
+        "virtserialport,chardev=agent,name=dispvm.agent",
+    ]);
     command.args(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
     command.args(["-device", "virtio-balloon-pci,id=balloon", "-netdev", "hubport,id=net,hubid=0"]);
     command.args(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile=,guest_announce=off"]);
@@ -133,17 +151,27 @@ fn add_volume(words: &str, command: &mut Command, kept: &mut Vec<File>) {
     let fd = inherit(overlay, kept);
     let set = fd;
     command.args(["-add-fd", &format!("fd={fd},set={set}")]);
-    let file = |name: &str, read_only: bool| format!("{{\"driver\":\"file\",\"filename\":\"{name}\",\"locking\":\"off\",\"read-only\":{read_only}}}");
+    let file = |name: &str, read_only: bool| {
+        format!(
+            "{{\"driver\":\"file\",\"filename\":\"{name}\",\"locking\":\"off\",\"read-only\":{read_only}}}"
+        )
+    };
     let mut chain = "null".to_owned();
     if base != "-" {
         chain = format!("{{\"driver\":\"raw\",\"read-only\":true,\"file\":{}}}", file(base, true));
     }
     if delta != "-" {
-        chain = format!("{{\"driver\":\"qcow2\",\"read-only\":true,\"file\":{},\"backing\":{chain}}}", file(delta, true));
+        chain = format!(
+            "{{\"driver\":\"qcow2\",\"read-only\":true,\"file\":{},\"backing\":{chain}}}",
+            file(delta, true)
+        );
     }
     let overlay = file(&format!("/dev/fdset/{set}"), false);
     command.args(["-blockdev", &format!("{{\"driver\":\"qcow2\",\"node-name\":\"{name}\",\"file\":{overlay},\"backing\":{chain},\"discard\":\"unmap\",\"detect-zeroes\":\"on\"}}")]);
-    command.args(["-device", &format!("virtio-blk-pci,id=disk-{name},drive={name},serial={name},werror=stop,rerror=report")]);
+    command.args([
+        "-device",
+        &format!("virtio-blk-pci,id=disk-{name},drive={name},serial={name},werror=stop,rerror=report"),
+    ]);
 }
 
 fn identity() -> Identity {

@@ -83,10 +83,15 @@ fn measure(bench: &Bench, launches: usize, cold_boots: usize) -> Vec<Row> {
         one_launch(bench, &TEST_4G, &mut test_4g);
     }
     let mut rows = Vec::new();
-    for (name, times, cold_mark) in [("test guest", &test, 1.0 / 20.0), ("Debian guest", &debian, 1.0 / 30.0)] {
+    for (name, times, cold_mark) in [("test guest", &test, 1.0 / 20.0), ("Debian guest", &debian, 1.0 / 30.0)]
+    {
         let ours = median(&times.ours);
         rows.push(Row::report(format!("{name}: launch → first byte, p50"), ours, "ms"));
-        rows.push(Row::report(format!("{name}: launch → first byte, p95"), percentile(&times.ours, 95.0), "ms"));
+        rows.push(Row::report(
+            format!("{name}: launch → first byte, p95"),
+            percentile(&times.ours, 95.0),
+            "ms",
+        ));
         rows.push(Row::report(format!("{name}: hand-driven, p50"), median(&times.by_hand), "ms"));
         rows.push(Row::report(format!("{name}: hand-driven, p95"), percentile(&times.by_hand, 95.0), "ms"));
         rows.push(Row::report(format!("{name}: cold boot, p50"), median(&times.cold), "ms"));
@@ -147,8 +152,12 @@ fn first_byte(command: &mut Command) -> f64 {
 
 /// From the end of stdin, which ends the command, to the end of QEMU, both seen from outside.
 fn all_gone(bench: &Bench) -> f64 {
-    let mut launch =
-        bench.ours(&TEST, &["sh", "-c", "echo x; read go"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut launch = bench
+        .ours(&TEST, &["sh", "-c", "echo x; read go"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
     let mut byte = [0u8];
     launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
     let qemu = children(launch.id());
@@ -164,8 +173,12 @@ fn all_gone(bench: &Bench) -> f64 {
 
 /// `Anonymous` of the RAM mapping 5 s after the thaw, in MiB.
 fn idle_private(bench: &Bench, subject: &Subject) -> f64 {
-    let mut launch =
-        bench.ours(subject, &["sh", "-c", "echo x; read go"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut launch = bench
+        .ours(subject, &["sh", "-c", "echo x; read go"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
     let mut byte = [0u8];
     launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
     std::thread::sleep(Duration::from_secs(5));
@@ -198,7 +211,8 @@ fn ms(start: Instant) -> f64 {
 fn keep(rows: &[Row], launches: usize) {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
+    let cpu =
+        cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
     let line = json!({
         "unix_seconds": seconds,
         "launches": launches,

@@ -91,8 +91,10 @@ fn exec(options: &Options) -> Result<Exec> {
 /// `SERVICE[+ARG]` is the executable /etc/qubes-rpc/SERVICE with ARG as its argument, as qrexec does.
 fn service_exec(text: &str) -> Result<Exec> {
     let (service, argument) = text.split_once('+').unwrap_or((text, ""));
-    let legal = |text: &str, more: &[u8]| text.bytes().all(|b| b.is_ascii_alphanumeric() || more.contains(&b));
-    if service.is_empty() || service.starts_with('.') || !legal(service, b"-._") || !legal(argument, b"-._+") {
+    let legal =
+        |text: &str, more: &[u8]| text.bytes().all(|b| b.is_ascii_alphanumeric() || more.contains(&b));
+    if service.is_empty() || service.starts_with('.') || !legal(service, b"-._") || !legal(argument, b"-._+")
+    {
         return Err(Error::new(Kind::Usage, format!("{text:?} is no service"))
             .hint("SERVICE[+ARG], of letters, digits, '-', '.' and '_'"));
     }
