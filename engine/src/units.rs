@@ -98,7 +98,7 @@ impl ByteCount {
 
     /// The number of pages, or `None` when it is no whole number of pages.
     pub const fn whole_pages(self) -> Option<PageCount> {
-        if self.0 % PAGE_SIZE == 0 {
+        if self.0.is_multiple_of(PAGE_SIZE) {
             Some(PageCount(self.0 >> PAGE_SHIFT))
         } else {
             None

@@ -79,7 +79,7 @@ struct Layout {
 
 impl Layout {
     fn plan(size: u64, runs: &[Run]) -> io::Result<Layout> {
-        if size == 0 || size > VOLUME_BYTES_MAX || size % PAGE_SIZE != 0 {
+        if size == 0 || size > VOLUME_BYTES_MAX || !size.is_multiple_of(PAGE_SIZE) {
             return Err(invalid(format!("a volume of {size} bytes")));
         }
         let volume_pages = size / CLUSTER;
@@ -242,7 +242,7 @@ pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<
             if entry & ZERO != 0 {
                 changes.zero(page);
             } else if offset != 0 {
-                if offset % CLUSTER != 0 || offset > file_bytes.saturating_sub(CLUSTER) {
+                if !offset.is_multiple_of(CLUSTER) || offset > file_bytes.saturating_sub(CLUSTER) {
                     return Err(invalid(format!("page {page} at {offset:#x}, beyond the file")));
                 }
                 changes.data(page, offset, |run| {

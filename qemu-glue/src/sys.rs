@@ -39,7 +39,7 @@ pub fn plan_child(command: &mut Command, plan: ChildPlan) {
 
 /// Runs in the child. Must be async-signal-safe.
 fn prepare_child(plan: &ChildPlan, parent: u32) -> io::Result<()> {
-    // SAFETY (all calls below): system calls on integers and on pointers to live locals or static strings; none keeps
+    // SAFETY: all calls below are system calls on integers and on pointers to live locals or static strings; none keeps
     // a pointer after it returns.
     unsafe {
         for fd in &plan.inherit {
