@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -143,23 +142,14 @@ fn ready_image(
     }
 }
 
-/// Starts `dispvm-savefile build` in a session of its own, at low priority. It ends by itself when another build of the same
-/// template is under way.
+/// Starts `dispvm-savefile build` in a session of its own, at low priority: it outlives us and our terminal. It ends by
+/// itself when another build of the same template is under way.
 fn start_rebuild(state: &State, guest: &Guest) -> io::Result<()> {
     let program = std::env::current_exe()?.with_file_name("dispvm-savefile");
-    let mut command = Command::new("nice");
-    command
-        .args(["-n", "10"])
-        .arg(program)
-        .arg("--root")
-        .arg(state.root())
-        .args(["build", "--background"])
-        .arg(&guest.dvm_name)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0);
-    command.spawn().map(drop)
+    let mut command = Command::new("setsid");
+    command.args(["nice", "-n", "10"]).arg(program).arg("--root").arg(state.root());
+    command.args(["build", "--background"]).arg(&guest.dvm_name);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().map(drop)
 }
 
 /// Carries the command's streams until it ends.
