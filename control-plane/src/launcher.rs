@@ -88,6 +88,7 @@ impl Report {
 /// Launches a clone, runs the command in it, and destroys it.
 pub fn run(state: &State, settings: &Settings, request: Request, say: &dyn Fn(&str)) -> Result<Report> {
     let mut timeline = Timeline::since(request.start);
+    machine::forbid_core_dump()?;
     clones::sweep(state)?;
     let guest = Guest::load(state, &request.dvm)?;
     let host = machine::host(state, settings, &guest.spec.kernel)?;

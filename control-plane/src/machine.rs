@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use engine::host::{Confinement, GuestSpec, Host};
 use engine::identity::CloneNumber;
 use engine::units::ByteCount;
+use nix::sys::resource::{setrlimit, Resource};
 use qemu_glue::host::QemuHost;
 use qemu_glue::probe::{self, ProbeError, Qemu};
 
@@ -41,6 +42,12 @@ pub fn host(state: &State, settings: &Settings, kernel: &Path) -> Result<Box<dyn
         error => Error::new(Kind::Failed, "QEMU cannot be used").because(error),
     })?;
     Ok(Box::new(QemuHost::new(qemu)))
+}
+
+/// No core dump of this process: the key of a spill is in its memory, and what its clone reads and writes.
+pub fn forbid_core_dump() -> Result<()> {
+    // A limit of 1 forbids a file (too small) and, by the kernel's own convention (fs/coredump.c), a pipe as well.
+    setrlimit(Resource::RLIMIT_CORE, 1, 1).map_err(Error::failed("forbid core dumps"))
 }
 
 /// The limits of a clone.

@@ -12,7 +12,7 @@ use engine::host::{
 use engine::image::hot::{HotFiles, StackDelta};
 use engine::savefile::{PageMap, VolumeInfo};
 use engine::units::ByteCount;
-use nix::fcntl::{fcntl, FcntlArg, SealFlag};
+use nix::fcntl::{fcntl, posix_fallocate, FcntlArg, SealFlag};
 use serde_json::json;
 
 use crate::domain::{Overlay, QemuDomain};
@@ -75,7 +75,9 @@ impl Host for QemuHost {
             BootPurpose::Capture => &Nic::None,
             BootPurpose::Clone => &spec.nic,
         };
-        let files = Files { memory: &memory, deltas: Vec::new(), further: vec![kernel, initrd] };
+        let keep_private = purpose == BootPurpose::Clone;
+        let files =
+            Files { memory: &memory, deltas: Vec::new(), further: vec![kernel, initrd], keep_private };
         let mut domain = self.start(spec, Memory::Shared, files, nic, start, confinement)?;
         domain.memory = (purpose == BootPurpose::Capture).then_some(memory);
         domain.running = true;
@@ -92,7 +94,8 @@ impl Host for QemuHost {
             true => Memory::PrivateReadOnly,
             false => Memory::PrivateCaught,
         };
-        let files = Files { memory: &image.memory, deltas: image.deltas, further: vec![image.device_state] };
+        let (deltas, further) = (image.deltas, vec![image.device_state]);
+        let files = Files { memory: &image.memory, deltas, further, keep_private: true };
         let state = files.further[0].as_raw_fd();
         let mut domain = self.start(spec, memory, files, &spec.nic, Start::Incoming, confinement)?;
         load_state(&mut domain.qmp, state).map_err(HostError::io("load the device state"))?;
@@ -106,6 +109,8 @@ struct Files<'a> {
     /// By volume name.
     deltas: Vec<(String, File)>,
     further: Vec<File>,
+    /// Whether it must stay out of swap: a clone, not what goes into a savefile anyway.
+    keep_private: bool,
 }
 
 impl QemuHost {
@@ -121,11 +126,17 @@ impl QemuHost {
         let step = "start QEMU";
         let bytes_max =
             spec.memory.0 + QEMU_OWN_BYTES + spec.volumes.len() as u64 * confinement.volume_memory_max.0;
-        let guard = swap::guard(bytes_max, self.qemu.locks_on_fault())?;
+        let guard = match files.keep_private {
+            true => swap::guard(bytes_max, self.qemu.locks_on_fault())?,
+            false => SwapGuard::NotNeeded,
+        };
         let (qmp, qmp_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
         let (agent, agent_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
-        let overlays =
-            spec.volumes.iter().map(|volume| overlay(volume, confinement)).collect::<Result<Vec<_>, _>>()?;
+        let overlays = spec
+            .volumes
+            .iter()
+            .map(|volume| overlay(volume, confinement, guard))
+            .collect::<Result<Vec<_>, _>>()?;
         let bases = spec.volumes.iter().map(open_volume_base).collect::<Result<Vec<_>, _>>()?;
         let (link, tap) = open_link(nic)?;
 
@@ -170,8 +181,7 @@ impl QemuHost {
             accel: self.qemu.accel,
             inherit,
             slot: confinement.slot,
-            lock_limit: (lock_on_fault && nix::unistd::geteuid().is_root())
-                .then_some(nix::libc::RLIM_INFINITY),
+            keep_ipc_lock: lock_on_fault && swap::has_ipc_lock(),
             catch_memory_open: (memory == Memory::PrivateCaught).then_some(files.memory),
         })
         .map_err(HostError::io(step))?;
@@ -207,16 +217,27 @@ fn shared_memory(size: ByteCount) -> Result<File, HostError> {
 }
 
 /// An empty overlay in memory which cannot grow past the limit: a write beyond it fails, and QEMU stops the guest.
-fn overlay(volume: &VolumeSpec, confinement: &Confinement) -> Result<Overlay, HostError> {
-    let step = "make an overlay";
-    let file = memfd("overlay").map_err(HostError::io(step))?;
-    qcow2::write_empty(&file, volume.size).map_err(HostError::io(step))?;
-    let len = file.metadata().map_err(HostError::io(step))?.len();
-    file.set_len(len + confinement.volume_memory_max.0).map_err(HostError::io(step))?;
-    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-    fcntl(file.as_raw_fd(), FcntlArg::F_ADD_SEALS(seals))
-        .map_err(|error| HostError::Io { step, source: error.into() })?;
-    Ok(Overlay { volume: volume.name.clone(), size: volume.size, file, spilled: false })
+fn overlay(volume: &VolumeSpec, confinement: &Confinement, guard: SwapGuard) -> Result<Overlay, HostError> {
+    let make = || {
+        let (size, data_max) = (volume.size, confinement.volume_memory_max);
+        let file = match guard {
+            SwapGuard::NotNeeded => memfd("overlay")?,
+            SwapGuard::LockOnFault => {
+                let (tables, all) = qcow2::limited_bytes(size, data_max)?;
+                let file = swap::unswappable_file(all)?;
+                // Data may not take the room of tables.
+                posix_fallocate(file.as_raw_fd(), 0, tables.0 as i64)?;
+                file
+            }
+        };
+        qcow2::write_empty_limited(&file, size, data_max)?;
+        if guard == SwapGuard::NotNeeded {
+            let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+            fcntl(file.as_raw_fd(), FcntlArg::F_ADD_SEALS(seals))?;
+        }
+        Ok(Overlay { volume: volume.name.clone(), size, file, spilled: false })
+    };
+    make().map_err(HostError::io("make an overlay"))
 }
 
 fn open_volume_base(volume: &VolumeSpec) -> Result<Option<File>, HostError> {

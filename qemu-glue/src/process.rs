@@ -49,8 +49,8 @@ pub struct Launch<'a> {
     pub inherit: Vec<RawFd>,
     /// Whose uid it gets when we are root.
     pub slot: u32,
-    /// The most memory it may lock, if it locks.
-    pub lock_limit: Option<u64>,
+    /// Whether it locks memory by root's right.
+    pub keep_ipc_lock: bool,
     /// The memory image to answer with when QEMU opens it for writing ([`crate::plan::Memory::PrivateCaught`]).
     pub catch_memory_open: Option<&'a File>,
 }
@@ -87,7 +87,7 @@ impl Process {
             become_user: own_user(launch.slot, launch.accel),
             landlock: forbid_writing()?,
             catch_open,
-            lock_limit: launch.lock_limit,
+            keep_ipc_lock: launch.keep_ipc_lock,
         };
         sys::plan_child(&mut command, plan);
         let child = command.spawn()?;

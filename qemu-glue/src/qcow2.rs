@@ -33,9 +33,32 @@ pub const VOLUME_BYTES_MAX: u64 = 4 << 40;
 
 const _: () = assert!(CLUSTER == PAGE_SIZE);
 
-/// Writes an empty overlay of a volume of `size` bytes into `file`, which must be empty.
+/// How far beyond its end QEMU may try to put clusters into a full overlay: all requests of a queue (256 of 1 MiB) at
+/// once.
+const OVERSHOOT_MAX: u64 = 256 << 20;
+
+/// Writes an empty overlay of a volume of `size` bytes into `file`, which must be empty and will grow.
 pub fn write_empty(file: &File, size: ByteCount) -> io::Result<()> {
-    write_image(file, size, &[], |_, _| Ok(()))
+    let layout = Layout::plan(size.0, &[], Reserve::Nothing)?;
+    write_image(file, size, &layout, &[], |_, _| Ok(()))
+}
+
+/// The same, with room for `data_max` bytes, for a file that cannot grow.
+///
+/// All tables it will ever need stand in it already, as holes: when the file is full, QEMU must still be able to write
+/// its tables back, or it puts no other overlay on top.
+pub fn write_empty_limited(file: &File, size: ByteCount, data_max: ByteCount) -> io::Result<()> {
+    write_image(file, size, &limited(size, data_max)?, &[], |_, _| Ok(()))
+}
+
+/// The bytes such a file has before its data, and those it has in all.
+pub fn limited_bytes(size: ByteCount, data_max: ByteCount) -> io::Result<(ByteCount, ByteCount)> {
+    limited(size, data_max)
+        .map(|layout| (ByteCount(layout.data * CLUSTER), ByteCount(layout.total * CLUSTER)))
+}
+
+fn limited(size: ByteCount, data_max: ByteCount) -> io::Result<Layout> {
+    Layout::plan(size.0, &[], Reserve::Clusters(data_max.0.div_ceil(CLUSTER)))
 }
 
 /// Writes a delta: the pages of `map`, whose data stands in `raw` at the volume's own offsets, into the empty `file`.
@@ -49,7 +72,8 @@ pub fn write_delta(file: &File, size: ByteCount, map: &PageMap, raw: &File) -> i
             data: matches!(run.content, Content::Data(_)),
         })
         .collect();
-    write_image(file, size, &runs, |from, to| {
+    let layout = Layout::plan(size.0, &runs, Reserve::Nothing)?;
+    write_image(file, size, &layout, &runs, |from, to| {
         copy_range(raw, from.first * CLUSTER, file, to, from.pages * CLUSTER)
     })
 }
@@ -60,6 +84,15 @@ struct Run {
     first: u64,
     pages: u64,
     data: bool,
+}
+
+/// What an image is to have room for beside its runs.
+#[derive(Debug, Clone, Copy)]
+enum Reserve {
+    /// Nothing: it is read only, or can grow.
+    Nothing,
+    /// So many clusters of data, anywhere in the volume.
+    Clusters(u64),
 }
 
 /// Where everything of an image goes, in clusters.
@@ -74,11 +107,14 @@ struct Layout {
     /// Indices into the L1 table which have an L2 table, ascending.
     l2_used: Vec<u64>,
     data: u64,
+    /// The clusters in use.
+    used: u64,
+    /// The file's length: with those in reserve.
     total: u64,
 }
 
 impl Layout {
-    fn plan(size: u64, runs: &[Run]) -> io::Result<Layout> {
+    fn plan(size: u64, runs: &[Run], reserve: Reserve) -> io::Result<Layout> {
         if size == 0 || size > VOLUME_BYTES_MAX || !size.is_multiple_of(PAGE_SIZE) {
             return Err(invalid(format!("a volume of {size} bytes")));
         }
@@ -97,9 +133,14 @@ impl Layout {
             l2_used.extend((run.first / ENTRIES).max(already)..=(end - 1) / ENTRIES);
             data_pages += if run.data { run.pages } else { 0 };
         }
+        let (mut reserved, mut overshoot) = (0, 0);
+        if let Reserve::Clusters(clusters) = reserve {
+            l2_used = (0..l1_entries).collect();
+            (reserved, overshoot) = (clusters, OVERSHOOT_MAX / CLUSTER);
+        }
         let l1_clusters = l1_entries.div_ceil(ENTRIES);
         let fixed = 1 + l1_clusters + l2_used.len() as u64 + data_pages;
-        let (refcount_table_clusters, refcount_block_count) = refcount_clusters(fixed);
+        let (refcount_table_clusters, refcount_block_count) = refcount_clusters(fixed + reserved + overshoot);
         let l1 = 1 + refcount_table_clusters;
         let refcount_blocks = l1 + l1_clusters;
         let l2 = refcount_blocks + refcount_block_count;
@@ -114,7 +155,8 @@ impl Layout {
             l2,
             l2_used,
             data,
-            total: data + data_pages,
+            used: data + data_pages,
+            total: data + data_pages + reserved,
         })
     }
 }
@@ -135,27 +177,28 @@ fn refcount_clusters(other: u64) -> (u64, u64) {
 fn write_image(
     file: &File,
     size: ByteCount,
+    layout: &Layout,
     runs: &[Run],
     mut copy: impl FnMut(&Run, u64) -> io::Result<()>,
 ) -> io::Result<()> {
-    let layout = Layout::plan(size.0, runs)?;
     file.set_len(layout.total * CLUSTER)?;
-    file.write_all_at(&header(size.0, &layout), 0)?;
+    file.write_all_at(&header(size.0, layout), 0)?;
 
     let blocks = (0..layout.refcount_block_count).map(|i| (layout.refcount_blocks + i) * CLUSTER);
     file.write_all_at(&be64(blocks), layout.refcount_table * CLUSTER)?;
-    let ones: Vec<u8> = std::iter::repeat_n([0u8, 1], layout.total as usize).flatten().collect();
+    let ones: Vec<u8> = std::iter::repeat_n([0u8, 1], layout.used as usize).flatten().collect();
     file.write_all_at(&ones, layout.refcount_blocks * CLUSTER)?;
 
+    let mut l1 = vec![0u64; layout.l1_entries as usize];
     for (nth, index) in layout.l2_used.iter().enumerate() {
-        let entry = ((layout.l2 + nth as u64) * CLUSTER) | COPIED;
-        file.write_all_at(&entry.to_be_bytes(), layout.l1 * CLUSTER + index * 8)?;
+        l1[*index as usize] = ((layout.l2 + nth as u64) * CLUSTER) | COPIED;
     }
+    file.write_all_at(&be64(l1.into_iter()), layout.l1 * CLUSTER)?;
 
     let mut data = layout.data;
     for run in runs {
         let first_data = data;
-        write_l2_entries(file, &layout, run, first_data)?;
+        write_l2_entries(file, layout, run, first_data)?;
         if run.data {
             copy(run, first_data * CLUSTER)?;
             data += run.pages;
@@ -437,20 +480,36 @@ mod tests {
         }
     }
 
-    /// QEMU's own checker finds nothing wrong, where it is installed.
     #[test]
-    fn qemu_img_agrees() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("delta.qcow2");
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-        let (map, raw) = map_and_raw(5000, &[(7, 40, true), (0, 9, false), (2000, 600, true)]);
-        write_delta(&file, ByteCount(5000 * CLUSTER), &map, &raw).unwrap();
-        match std::process::Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output() {
+    fn a_limited_overlay_is_empty_and_has_its_room() {
+        let (size, room) = (ByteCount(100 << 20), ByteCount(16 << 20));
+        let (file, back) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        write_empty_limited(&file, size, room).unwrap();
+        assert_eq!(read_changes(&file, size, &back).unwrap(), []);
+        let (tables, all) = limited_bytes(size, room).unwrap();
+        assert_eq!(all.0 - tables.0, room.0);
+        assert_eq!(file.metadata().unwrap().len(), all.0);
+        qemu_img_finds_no_fault(&file);
+    }
+
+    /// QEMU's own checker, where it is installed.
+    fn qemu_img_finds_no_fault(file: &File) {
+        use std::os::fd::AsRawFd;
+        let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+        match std::process::Command::new("qemu-img").args(["check", "-f", "qcow2", &path]).output() {
             Ok(output) => {
                 let said = String::from_utf8_lossy(&output.stdout).into_owned();
                 assert!(output.status.success() && said.contains("No errors"), "{said}");
             }
             Err(error) => eprintln!("skipped, no qemu-img: {error}"),
         }
+    }
+
+    #[test]
+    fn qemu_img_agrees() {
+        let file = tempfile::tempfile().unwrap();
+        let (map, raw) = map_and_raw(5000, &[(7, 40, true), (0, 9, false), (2000, 600, true)]);
+        write_delta(&file, ByteCount(5000 * CLUSTER), &map, &raw).unwrap();
+        qemu_img_finds_no_fault(&file);
     }
 }

@@ -2,21 +2,27 @@
 //! swapped out is on the disk.
 //!
 //! Nothing is needed where there is no swap, or only swap in memory (zram) or under dm-crypt, or where the launcher's
-//! own cgroup forbids swapping. Else QEMU locks its pages as it touches them, if it can (10.0) and may. Else the
-//! launch is refused and says what would help.
+//! own cgroup forbids swapping. Else the launcher and QEMU lock their pages as they touch them, and overlays lie on a
+//! tmpfs that is never swapped (what is not mapped cannot be locked): QEMU 10.0, Linux 6.4, and the rights for both.
+//! Else the launch is refused and says what would help.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::Path;
 
 use engine::host::HostError;
-use nix::sys::resource::{getrlimit, Resource};
+use engine::units::ByteCount;
+use nix::sys::resource::{getrlimit, setrlimit, Resource};
+use rustix::fs::{Mode, OFlags};
+use rustix::mm::MlockAllFlags;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 /// What has to be done about swap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SwapGuard {
     /// Nothing.
     NotNeeded,
-    /// `-overcommit mem-lock=on-fault`.
+    /// `-overcommit mem-lock=on-fault` for QEMU, [`unswappable_file`] for overlays; the launcher is locked already.
     LockOnFault,
 }
 
@@ -27,19 +33,44 @@ pub fn guard(bytes_max: u64, can_lock: bool) -> Result<SwapGuard, HostError> {
     if plaintext.is_empty() || own_cgroup_forbids_swap() {
         return Ok(SwapGuard::NotNeeded);
     }
-    if can_lock && may_lock(bytes_max) {
-        return Ok(SwapGuard::LockOnFault);
-    }
+    let locked = match can_lock {
+        true => lock_ourselves(bytes_max).and_then(|()| unswappable_file(ByteCount(4096)).map(drop)),
+        false => Err(io::Error::other("this QEMU cannot lock memory as it is touched")),
+    };
+    let Err(error) = locked else { return Ok(SwapGuard::LockOnFault) };
     Err(HostError::Refused {
         step: "keep the clone out of swap",
         reason: format!(
-            "{} would take its memory in the clear. Hint: start it with `systemd-run --user --scope -p \
-             MemorySwapMax=0 …`, encrypt the swap, or use QEMU 10 or later with a memory lock limit (ulimit -l) \
-             above {} MiB",
-            plaintext.join(", "),
-            bytes_max >> 20
+            "{} would take its memory in the clear, and it cannot be locked ({error}). Hint: start it with \
+             `systemd-run --user --scope -p MemorySwapMax=0 …`, encrypt the swap, or be root with QEMU 10 on Linux 6.4 \
+             or later",
+            plaintext.join(", ")
         ),
     })
+}
+
+/// Locks what this process has touched and will touch: what a clone says passes through it. Its limits become those of
+/// QEMU, which may come to use `bytes_max`.
+fn lock_ourselves(bytes_max: u64) -> io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+    if !has_ipc_lock() && hard < bytes_max {
+        return Err(io::Error::other(format!("ulimit -l is below {} MiB", bytes_max >> 20)));
+    }
+    setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard)?;
+    Ok(rustix::mm::mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
+}
+
+/// A file in memory that is never swapped out and holds up to `size` bytes: without a name, on a tmpfs of its own which is
+/// mounted nowhere and ends with the file.
+pub fn unswappable_file(size: ByteCount) -> io::Result<File> {
+    let tmpfs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_set_flag(&tmpfs, "noswap")?;
+    rustix::mount::fsconfig_set_string(&tmpfs, "size", size.0.to_string())?;
+    rustix::mount::fsconfig_create(&tmpfs)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOEXEC | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let root = rustix::mount::fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(&root, ".", flags, Mode::RUSR | Mode::WUSR)?.into())
 }
 
 /// The devices and files of /proc/swaps (proc(5)): one a line after a heading, the name first.
@@ -75,11 +106,11 @@ fn own_cgroup_forbids_swap() -> bool {
         .any(|folder| fs::read_to_string(folder.join("memory.swap.max")).is_ok_and(|max| max.trim() == "0"))
 }
 
-/// Root raises the limit for the child; anyone else lives with the one there is.
-fn may_lock(bytes_max: u64) -> bool {
-    nix::unistd::geteuid().is_root()
-        || getrlimit(Resource::RLIMIT_MEMLOCK)
-            .is_ok_and(|(_, hard)| hard == nix::libc::RLIM_INFINITY || hard >= bytes_max)
+/// Whether we have CAP_IPC_LOCK (14): /proc/self/status, proc(5).
+pub fn has_ipc_lock() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).is_some_and(|set| set & 1 << 14 != 0)
 }
 
 #[cfg(test)]

@@ -22,8 +22,8 @@ pub struct ChildPlan {
     pub landlock: Option<OwnedFd>,
     /// Where to send the listener of the filter that catches the opening of guest memory; see [`answer_open`].
     pub catch_open: Option<OwnedFd>,
-    /// The most memory it may lock, `None` to leave the limit alone.
-    pub lock_limit: Option<u64>,
+    /// Whether it keeps, of root's capabilities, the one to lock memory.
+    pub keep_ipc_lock: bool,
 }
 
 /// Adds `plan` to a command.
@@ -50,15 +50,17 @@ fn prepare_child(plan: &ChildPlan, parent: u32) -> io::Result<()> {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         // Its own process group: a terminal's Ctrl-C goes to the launcher, which ends QEMU in order.
         check(libc::setpgid(0, 0))?;
-        if let Some(bytes) = plan.lock_limit {
-            let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
-            check(libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit))?;
+        if plan.keep_ipc_lock {
+            check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0))?;
         }
         if let Some((id, group)) = plan.become_user {
             let groups = [group.unwrap_or(id)];
             check(libc::setgroups(1, groups.as_ptr()))?;
             check(libc::setresgid(id, id, id))?;
             check(libc::setresuid(id, id, id))?;
+        }
+        if plan.keep_ipc_lock {
+            keep_only_ipc_lock()?;
         }
         // After setresuid, which clears it; then look whether the parent went away before it was set.
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
@@ -73,6 +75,25 @@ fn prepare_child(plan: &ChildPlan, parent: u32) -> io::Result<()> {
             send_listener(socket.as_raw_fd())?;
         }
     }
+    Ok(())
+}
+
+/// Drops all capabilities but CAP_IPC_LOCK, which the program to be executed gets, too. After a change of uid, for which
+/// PR_SET_KEEPCAPS must have been set.
+///
+/// # Safety
+/// Async-signal-safe: system calls on stack values only.
+unsafe fn keep_only_ipc_lock() -> io::Result<()> {
+    // linux/capability.h; not in libc.
+    const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+    const CAP_IPC_LOCK: libc::c_ulong = 14;
+    let header = [CAPABILITY_VERSION_3, 0];
+    // Two halves of effective, permitted, inheritable.
+    let sets = [1u32 << CAP_IPC_LOCK, 1 << CAP_IPC_LOCK, 1 << CAP_IPC_LOCK, 0, 0, 0];
+    // SAFETY: `header` and `sets` are live locals laid out as the kernel's structs, of which version 3 takes two.
+    check(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) } as i32)?;
+    // SAFETY: integers only.
+    check(unsafe { libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_RAISE, CAP_IPC_LOCK, 0, 0) })?;
     Ok(())
 }
 
