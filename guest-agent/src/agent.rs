@@ -2,7 +2,8 @@
 //!
 //! Invariants:
 //! - Frames are handled in the order they come, each before the next is looked at. A control frame is answered before the next one is
-//!   handled, so an answer's arrival tells when its operation was over.
+//!   handled, so an answer's arrival tells when its operation was over. (`Thaw` is carried out once the command under way has said
+//!   something or had its time to; its frames go on meanwhile.)
 //! - After a frame that breaks the protocol the host gets `Failed` without an operation, the connection's commands are killed, and the
 //!   rest of what had arrived is thrown away; the next bytes are taken for the start of a frame.
 //! - Idle, there is no timer: the agent sleeps in poll, so an idle clone's memory stays the template's.
@@ -13,9 +14,10 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
-use qrexec::{Decoder, GuestFrame, Hello, HostFrame, Identity, Op, ProtocolError, PROTOCOL};
+use qrexec::{Decoder, Exec, GuestFrame, Hello, HostFrame, Identity, Op, ProtocolError, PROTOCOL};
 
 use crate::cgroup::Freezer;
+use crate::command::{Command, NotStarted, Unborn};
 use crate::commands::Commands;
 use crate::errand::{Errand, Hook};
 use crate::failure::Failure;
@@ -29,6 +31,9 @@ use crate::sys::{self, PollSlot};
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
 
+/// Programs that the command may be waiting for are not kept from running for longer.
+const THAW_PAUSE: Duration = Duration::from_millis(100);
+
 /// The agent.
 pub struct Agent {
     port: Port,
@@ -36,6 +41,10 @@ pub struct Agent {
     session: bool,
     freezer: Result<Freezer, Failure>,
     kit: Option<Kit>,
+    thaw_by: Option<Instant>,
+    /// Closing it can wait until the command that was launched has ended.
+    spent: Option<Kit>,
+    unborn: Option<Unborn>,
     decoder: Decoder,
     outbox: Outbox,
     commands: Commands,
@@ -54,6 +63,9 @@ impl Agent {
             session,
             freezer,
             kit: None,
+            thaw_by: None,
+            spent: None,
+            unborn: None,
             decoder: Decoder::new(),
             outbox: Outbox::default(),
             commands: Commands::default(),
@@ -78,7 +90,14 @@ impl Agent {
 
     /// Waits for something to happen and deals with it. `false`: the host is gone.
     fn turn(&mut self) -> io::Result<bool> {
+        let spoken = self.outbox.waiting() > 0;
         self.flush();
+        if spoken || self.thaw_by.is_some_and(|deadline| Instant::now() >= deadline) {
+            self.thaw_now();
+        }
+        if !self.commands.any() {
+            self.spent = None;
+        }
         let mut slots = std::mem::take(&mut self.slots);
         self.watch(&mut slots);
         sys::poll(&mut slots, self.timeout_ms())?;
@@ -103,7 +122,7 @@ impl Agent {
 
     fn timeout_ms(&self) -> Option<u32> {
         let errand = self.errand.as_ref().and_then(Errand::deadline);
-        let deadline = self.commands.deadline().into_iter().chain(errand).min()?;
+        let deadline = self.commands.deadline().into_iter().chain(errand).chain(self.thaw_by).min()?;
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         Some(u32::try_from(left.as_millis()).unwrap_or(u32::MAX))
     }
@@ -129,19 +148,19 @@ impl Agent {
     }
 
     fn handle(&mut self, frame: HostFrame) -> Result<(), ProtocolError> {
+        if is_control(&frame) {
+            self.thaw_now();
+        }
         match frame {
             HostFrame::Prerun(piece) => self.take_hook(&piece),
             HostFrame::Settle => self.answer(Op::Settle, Self::settle),
             HostFrame::Warm => self.send_on(Op::Warm, Ok(Errand::warm())),
             HostFrame::Freeze => self.answer(Op::Freeze, Self::freeze),
             HostFrame::Identify(identity) => self.answer(Op::Identify, |agent| agent.identify(&identity)),
-            HostFrame::Thaw => self.answer(Op::Thaw, Self::thaw),
+            HostFrame::Thaw => self.thaw_by = Some(Instant::now() + self.thaw_pause()),
             HostFrame::Shutdown => self.shut_down(),
             HostFrame::Ping(number) => self.outbox.push(&GuestFrame::Pong(number)),
-            HostFrame::Exec { stream, .. } => match self.thaw_place() {
-                Ok(()) => self.commands.handle(frame, &self.place, &mut self.outbox)?,
-                Err(failure) => self.fail(stream, Some(Op::Exec), failure),
-            },
+            HostFrame::Exec { stream, exec } => self.execute(stream, *exec)?,
             other => self.commands.handle(other, &self.place, &mut self.outbox)?,
         }
         Ok(())
@@ -173,8 +192,11 @@ impl Agent {
         let Some(result) = errand.serve(ready, &self.place) else { return };
         let op = errand.op();
         self.errand.take().into_iter().for_each(|mut errand| errand.abandon(&mut self.commands));
-        self.answer(op, |_| match op {
-            Op::Warm => result.and_then(|()| Kit::open()?.rehearse()),
+        self.answer(op, |agent| match op {
+            Op::Warm => result.and_then(|()| {
+                agent.place.look_around();
+                Kit::open()?.rehearse()
+            }),
             _ => result,
         });
     }
@@ -185,7 +207,12 @@ impl Agent {
             return Err(Failure::ours("freeze", libc::EBUSY, "commands are running"));
         }
         self.kit = Some(Kit::open()?);
-        let frozen = self.freezer()?.freeze().and_then(|()| self.kit.as_mut().map_or(Ok(()), Kit::poise));
+        self.unborn = Unborn::new(&self.place).ok(); // without, a command is started the usual way
+        let apart = self.place.cgroup_path().map(String::from);
+        let frozen = self
+            .freezer()?
+            .freeze(apart.as_deref())
+            .and_then(|()| self.kit.as_mut().map_or(Ok(()), Kit::poise));
         if frozen.is_err() {
             let _ = self.thaw();
         }
@@ -210,16 +237,45 @@ impl Agent {
 
     fn thaw(&mut self) -> Result<(), Failure> {
         self.freezer()?.thaw()?;
-        self.kit = None;
+        self.spent = self.kit.take();
+        self.unborn = None;
         Ok(())
     }
 
-    /// Lets the group of commands run, if everything is frozen: a command need not wait for all the rest.
-    fn thaw_place(&mut self) -> Result<(), Failure> {
-        match (&mut self.freezer, self.place.top_cgroup()) {
+    /// How long a thaw waits for the first word of the command that was launched: all the rest of the guest would wake up and
+    /// compete with it, for nobody's good.
+    fn thaw_pause(&self) -> Duration {
+        let waits = self.commands.any() && self.freezer.as_ref().is_ok_and(Freezer::is_frozen);
+        if waits {
+            THAW_PAUSE
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    /// Thaws, if that has been put off.
+    fn thaw_now(&mut self) {
+        if self.thaw_by.take().is_some() {
+            self.answer(Op::Thaw, Self::thaw);
+        }
+    }
+
+    /// Starts a command, if everything is frozen in the process that waits for it. The group of commands is thawed for it: a
+    /// command need not wait for all the rest.
+    fn execute(&mut self, stream: u32, exec: Exec) -> Result<(), ProtocolError> {
+        let Self { place, commands, outbox, freezer, unborn, .. } = self;
+        let thaw = || match (freezer, place.top_cgroup()) {
             (Ok(freezer), Some(name)) => freezer.thaw_group(name),
             _ => Ok(()),
-        }
+        };
+        let suits = unborn.as_ref().is_some_and(|unborn| unborn.suits(&exec));
+        let unborn = unborn.take_if(|_| suits);
+        commands.start_by(stream, outbox, || match unborn {
+            Some(unborn) => Command::bear(stream, exec, place, unborn, thaw),
+            None => {
+                thaw().map_err(NotStarted::Failure).and_then(|()| Command::start(stream, exec, place, None))
+            }
+        })
     }
 
     /// The answer goes first: there may be no time after. Frozen processes can't shut down.
@@ -282,6 +338,7 @@ impl Agent {
     }
 
     fn drop_connection(&mut self) {
+        self.thaw_now();
         self.forget();
         self.outbox.clear();
     }
@@ -292,4 +349,18 @@ impl Agent {
         self.hook = None;
         self.decoder = Decoder::new();
     }
+}
+
+/// Whether a frame is about the guest as a whole, not about one command.
+fn is_control(frame: &HostFrame) -> bool {
+    use HostFrame::{Exec, Signal, StderrCredit, Stdin, StdinEof, StdoutCredit};
+    !matches!(
+        frame,
+        Exec { .. }
+            | Stdin { .. }
+            | StdinEof { .. }
+            | StdoutCredit { .. }
+            | StderrCredit { .. }
+            | Signal { .. }
+    )
 }

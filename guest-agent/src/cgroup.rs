@@ -65,10 +65,11 @@ impl Freezer {
         self.whole
     }
 
-    /// Freezes all other groups and waits until they are.
-    pub fn freeze(&mut self) -> Result<(), Failure> {
+    /// Freezes all other groups and waits until they are. Those beside the groups on the way down to `apart` are frozen on their own
+    /// as well, so that they stay it when the group at the top is thawed for who starts in `apart`.
+    pub fn freeze(&mut self, apart: Option<&str>) -> Result<(), Failure> {
         self.thaw()?;
-        self.frozen = self.siblings()?;
+        self.frozen = self.siblings(apart.unwrap_or_default())?;
         let frozen = self.frozen.iter().try_for_each(Group::freeze);
         let deadline = Instant::now() + FREEZE_MAX;
         let frozen =
@@ -101,12 +102,27 @@ impl Freezer {
         }
     }
 
-    fn siblings(&self) -> Result<Vec<Group>, Failure> {
-        let entries = fs::read_dir(&self.root).step(|| format!("list {}", self.root.display()))?;
-        let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-        let others =
-            names.filter(|name| *name != self.own && self.root.join(name).join("cgroup.freeze").exists());
-        others.map(|name| Group::open(&self.root, name)).collect()
+    fn siblings(&self, apart: &str) -> Result<Vec<Group>, Failure> {
+        let tops = self.children("")?.into_iter().filter(|name| *name != self.own);
+        let mut names: Vec<String> = tops.collect();
+        let mut way = String::new();
+        for part in apart.split('/').filter(|part| !part.is_empty()) {
+            if !way.is_empty() {
+                let next = format!("{way}/{part}");
+                names.extend(self.children(&way)?.into_iter().filter(|name| *name != next));
+            }
+            way = if way.is_empty() { part.into() } else { format!("{way}/{part}") };
+        }
+        names.into_iter().map(|name| Group::open(&self.root, name)).collect()
+    }
+
+    /// The groups directly in `parent`, by their paths from the root.
+    fn children(&self, parent: &str) -> Result<Vec<String>, Failure> {
+        let folder = self.root.join(parent);
+        let entries = fs::read_dir(&folder).step(|| format!("list {}", folder.display()))?.flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let groups = names.filter(|name| folder.join(name).join("cgroup.freeze").exists());
+        Ok(groups.map(|name| if parent.is_empty() { name } else { format!("{parent}/{name}") }).collect())
     }
 }
 
@@ -202,12 +218,21 @@ mod tests {
         let states = || groups.iter().map(|group| is_frozen(group)).collect::<Vec<_>>();
 
         let mut freezer = Freezer::new(&root, "own");
-        freezer.freeze().expect("freezes");
+        freezer.freeze(None).expect("freezes");
         assert_eq!((states(), freezer.is_frozen()), (vec![false, true, true], true));
         freezer.thaw_group("user").expect("thaws");
         assert!(states()[2] && !freezer.is_whole());
-        freezer.freeze().expect("freezes again");
+        let nested = ["user/login", "user/login/session", "user/manager"].map(|name| root.join(name));
+        nested.iter().for_each(|group| fs::create_dir(group).expect("mkdir"));
+        freezer.freeze(Some("/user/login/session")).expect("freezes again");
         assert_eq!(states(), [false, true, true]);
+        freezer.thaw_group("user").expect("thaws");
+        let nested_states = || nested.each_ref().map(|group| is_frozen(group));
+        assert_eq!((states(), nested_states()), (vec![false, false, true], [false, false, true]));
+        freezer.thaw().expect("thaws");
+        assert_eq!(nested_states(), [false; 3]);
+        nested.iter().rev().for_each(|group| fs::remove_dir(group).expect("rmdir"));
+        freezer.freeze(None).expect("freezes a third time");
         freezer.thaw().expect("thaws");
         assert!(!freezer.is_frozen());
 

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
-use qrexec::{kind, Exec, Exit, GuestFrame, ProtocolError, ReceiveWindow, SendWindow};
+use qrexec::{kind, Exec, Exit, GuestFrame, ProtocolError, ReceiveWindow, SendWindow, User};
 
 use crate::failure::{Failure, Step};
 use crate::outbox::{Outbox, Taken, ROOM};
 use crate::place::Place;
-use crate::sys::{self, LaunchError, PollSlot};
+use crate::sys::{self, LaunchError, PollSlot, Zygote};
 
 /// Slots of poll that each command has: end, stdin, stdout, stderr.
 pub const SLOTS: usize = 4;
@@ -47,6 +47,15 @@ pub enum NotStarted {
     Failure(Failure),
 }
 
+/// A process that waits, before a capture, for the command that it will be.
+pub struct Unborn {
+    zygote: Zygote,
+    pipes: Pipes,
+}
+
+/// Our ends: stdin, stdout, stderr.
+type Pipes = [OwnedFd; 3];
+
 struct Stdin {
     pipe: Option<OwnedFd>,
     queue: VecDeque<u8>,
@@ -63,16 +72,29 @@ struct Output {
 impl Command {
     /// Starts `exec`. `keep` stays open in it.
     pub fn start(stream: u32, exec: Exec, place: &Place, keep: Option<&OwnedFd>) -> Result<Self, NotStarted> {
-        let [(stdin_theirs, stdin), (stdout, stdout_theirs), (stderr, stderr_theirs)] =
-            [pipe()?, pipe()?, pipe()?];
-        for ours in [&stdin, &stdout, &stderr] {
-            nix::fcntl::fcntl(ours.as_raw_fd(), nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-                .step(|| "set up a pipe")?;
-        }
-        let stdio = [stdin_theirs.as_fd(), stdout_theirs.as_fd(), stderr_theirs.as_fd()];
-        let launch = place.launch(exec, stdio, keep.map(AsFd::as_fd));
-        let (pid, pidfd) = sys::launch(&launch)?;
-        Ok(Self {
+        let (theirs, ours) = pipes()?;
+        let launch = place.launch(exec, theirs.each_ref().map(AsFd::as_fd), keep.map(AsFd::as_fd));
+        let started = sys::launch(&launch)?;
+        Ok(Self::new(stream, started, ours))
+    }
+
+    /// Starts `exec` in a process that waits for one. `thaw` lets it run.
+    pub fn bear(
+        stream: u32,
+        exec: Exec,
+        place: &Place,
+        unborn: Unborn,
+        thaw: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<Self, NotStarted> {
+        let Unborn { zygote, pipes } = unborn;
+        let launch = place.launch(exec, pipes.each_ref().map(AsFd::as_fd), None);
+        let started = zygote.launch(&launch, || thaw().map_err(NotStarted::Failure))?;
+        drop(launch);
+        Ok(Self::new(stream, started, pipes))
+    }
+
+    fn new(stream: u32, (pid, pidfd): (i32, OwnedFd), [stdin, stdout, stderr]: Pipes) -> Self {
+        Self {
             stream,
             pid,
             pidfd,
@@ -87,7 +109,7 @@ impl Command {
             exit: None,
             last_activity: Instant::now(),
             abandoned: false,
-        })
+        }
     }
 
     /// The stream, as long as the host knows of the command.
@@ -269,6 +291,21 @@ impl Command {
     }
 }
 
+impl Unborn {
+    /// One that can become any command of the user's that starts at home.
+    pub fn new(place: &Place) -> Result<Self, NotStarted> {
+        let (theirs, ours) = pipes()?;
+        let launch = place.launch(Exec::user(["unknown yet"]), theirs.each_ref().map(AsFd::as_fd), None);
+        let zygote = Zygote::new(&launch)?;
+        Ok(Self { zygote, pipes: ours })
+    }
+
+    /// Whether it can become this command.
+    pub fn suits(&self, exec: &Exec) -> bool {
+        exec.user == User::User && exec.cwd.is_none() && self.zygote.is_alive()
+    }
+}
+
 impl Output {
     fn slot(&self, room: bool) -> PollSlot {
         let wanted = room && self.window.left() > 0;
@@ -321,6 +358,18 @@ impl From<Failure> for NotStarted {
     fn from(failure: Failure) -> Self {
         Self::Failure(failure)
     }
+}
+
+/// A command's three pipes: its ends, and ours, which don't block.
+fn pipes() -> Result<(Pipes, Pipes), Failure> {
+    let [(stdin_theirs, stdin), (stdout, stdout_theirs), (stderr, stderr_theirs)] =
+        [pipe()?, pipe()?, pipe()?];
+    let ours = [stdin, stdout, stderr];
+    for end in &ours {
+        nix::fcntl::fcntl(end.as_raw_fd(), nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+            .step(|| "set up a pipe")?;
+    }
+    Ok(([stdin_theirs, stdout_theirs, stderr_theirs], ours))
 }
 
 /// A pipe: (reading end, writing end), closed by exec.

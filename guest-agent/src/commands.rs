@@ -58,11 +58,21 @@ impl Commands {
         keep: Option<&OwnedFd>,
         outbox: &mut Outbox,
     ) -> Result<(), ProtocolError> {
+        self.start_by(stream, outbox, || Command::start(stream, exec, place, keep))
+    }
+
+    /// Starts a command by `start`; what keeps it from starting is told on its stream.
+    pub fn start_by(
+        &mut self,
+        stream: u32,
+        outbox: &mut Outbox,
+        start: impl FnOnce() -> Result<Command, NotStarted>,
+    ) -> Result<(), ProtocolError> {
         if self.find(stream).is_some() {
             return Err(ProtocolError::Malformed { frame: "Exec", what: "the stream is in use" });
         }
         let started = if self.running.len() < STREAMS_MAX {
-            Command::start(stream, exec, place, keep)
+            start()
         } else {
             Err(Failure::ours("start a process", libc::EAGAIN, "64 commands are running").into())
         };

@@ -2,9 +2,12 @@
 //!
 //! Invariants: all of it is read before the guest is frozen. A command's cgroup is never the agent's own, so a freeze stops it too.
 
+use std::collections::BTreeSet;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
 
 use qrexec::{Exec, User};
 
@@ -16,6 +19,10 @@ use crate::sys::{c_string, CStrings, Launch};
 
 /// The cgroup of commands when there is no session's to join.
 const FALLBACK_CGROUP: &str = "dispvm-commands";
+/// Commands up to this size are read: coreutils and the like.
+const SMALL_BYTES: u64 = 192 << 10;
+/// And no more than this of them: it lies in the savefile.
+const READ_BYTES_MAX: u64 = 16 << 20;
 const DEFAULT_PATH: &[u8] = b"/usr/local/bin:/usr/bin:/bin";
 
 /// Where commands run.
@@ -24,7 +31,7 @@ pub struct Place {
     root: Account,
     user_env: Vec<(Vec<u8>, Vec<u8>)>,
     cgroup: Option<OwnedFd>,
-    top_cgroup: Option<String>,
+    cgroup_path: Option<String>,
     changes_user: bool,
     resets_oom: bool,
 }
@@ -48,7 +55,7 @@ impl Place {
             root: Account::of(0, etc),
             user_env,
             cgroup: Some(cgroup.into()),
-            top_cgroup: cgroup::top(&path).map(String::from),
+            cgroup_path: Some(path),
             changes_user: true,
             resets_oom: is_protected(),
         })
@@ -62,7 +69,7 @@ impl Place {
             user: account.clone(),
             root: account,
             cgroup: None,
-            top_cgroup: None,
+            cgroup_path: None,
             changes_user: false,
             resets_oom: false,
         }
@@ -70,7 +77,33 @@ impl Place {
 
     /// The top-level cgroup that must not be frozen for a command to start.
     pub fn top_cgroup(&self) -> Option<&str> {
-        self.top_cgroup.as_deref()
+        self.cgroup_path().and_then(cgroup::top)
+    }
+
+    /// The cgroup of commands, from the root.
+    pub fn cgroup_path(&self) -> Option<&str> {
+        self.cgroup_path.as_deref()
+    }
+
+    /// Looks every command up as starting it would, so that folders and files are in the kernel's caches, found and not found alike, and
+    /// reads the small ones: a clone's first command need not wait for its disk.
+    pub fn look_around(&self) {
+        let path =
+            self.user_env.iter().find(|(key, _)| key == b"PATH").map_or(DEFAULT_PATH, |(_, value)| value);
+        let folders = path.split(|byte| *byte == b':').map(|folder| Path::new(OsStr::from_bytes(folder)));
+        let entries = folders.filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+        let names: BTreeSet<OsString> = entries.map(|entry| entry.file_name()).collect();
+        let mut budget = READ_BYTES_MAX;
+        for name in names {
+            let found = candidates(name.as_bytes(), path).into_iter().find_map(|file| {
+                let file = PathBuf::from(OsString::from_vec(file));
+                fs::metadata(&file).ok().map(|metadata| (file, metadata))
+            });
+            let Some((file, metadata)) = found.filter(|(_, metadata)| metadata.is_file()) else { continue };
+            if metadata.len() <= SMALL_BYTES.min(budget) && fs::read(&file).is_ok() {
+                budget -= metadata.len();
+            }
+        }
     }
 
     /// All that a child needs to become `exec`.

@@ -26,6 +26,8 @@ const OWN_ADDRESS: &str = "127.0.1.1";
 
 /// As long as a clone's name gets.
 const USUAL_HOSTNAME: &str = "disp0000";
+/// One name server's line at its longest.
+const USUAL_RESOLV_CONF_BYTES: usize = "nameserver 255.255.255.255\n".len();
 /// 32 digits and a newline.
 const MACHINE_ID_BYTES: usize = 33;
 
@@ -62,7 +64,7 @@ impl Etc {
         self.hostname.poise(USUAL_HOSTNAME.len() + 1)?;
         self.machine_id.poise(MACHINE_ID_BYTES)?;
         self.hosts.poise(hosts)?;
-        self.resolv_conf.poise(0)
+        self.resolv_conf.poise(USUAL_RESOLV_CONF_BYTES)
     }
 
     /// Writes hostname, machine-id, and the machine's own line in hosts.

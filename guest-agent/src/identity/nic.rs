@@ -14,7 +14,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
-use nix::sys::socket::{socket, AddressFamily, SockFlag, SockProtocol, SockType};
+use nix::sys::socket::{bind, socket, AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType};
 use qrexec::Network;
 
 use crate::failure::{Failure, Step};
@@ -52,6 +52,7 @@ impl Nic {
         let socket_inet = socket(AddressFamily::Inet, SockType::Datagram, cloexec, None).step(step)?;
         let route = Some(SockProtocol::NetlinkRoute);
         let netlink = socket(AddressFamily::Netlink, SockType::Raw, cloexec, route).step(step)?;
+        bind(netlink.as_raw_fd(), &NetlinkAddr::new(0, 0)).step(step)?; // or the first message does it
         let mut padded = [0; 16];
         for (to, from) in padded[..15].iter_mut().zip(name.bytes()) {
             *to = from;
@@ -138,10 +139,15 @@ impl Nic {
     fn add_address(&self, network: &Network) -> io::Result<()> {
         let message = address_message(self.index, network);
         nix::unistd::write(&self.netlink, &message)?;
+        // The kernel has done it when write returns, and answers only if it failed.
+        let mut answer = [sys::slot(Some(self.netlink.as_fd()), libc::POLLIN)];
+        sys::poll(&mut answer, Some(0))?;
+        if answer[0].revents == 0 {
+            return Ok(());
+        }
         let mut answer = [0; 256];
         let length = nix::unistd::read(self.netlink.as_raw_fd(), &mut answer)?;
         match answer[..length].get(16..20).map(<[u8; 4]>::try_from) {
-            Some(Ok([0, 0, 0, 0])) => Ok(()),
             Some(Ok(error)) => Err(io::Error::from_raw_os_error(i32::from_ne_bytes(error).saturating_neg())),
             _ => Err(io::Error::other("the kernel's answer is too short")),
         }
@@ -169,7 +175,7 @@ impl Nic {
 fn address_message(index: u32, network: &Network) -> Vec<u8> {
     const LENGTH: u32 = 16 + 8 + 3 * 8;
     const RTM_NEWADDR: u16 = 20;
-    const REQUEST_ACK_CREATE_REPLACE: u16 = 0x1 | 0x4 | 0x400 | 0x100;
+    const REQUEST_CREATE_REPLACE: u16 = 0x1 | 0x400 | 0x100;
     const ADDRESS: u16 = 1;
     const LOCAL: u16 = 2;
     const BROADCAST: u16 = 4;
@@ -177,7 +183,7 @@ fn address_message(index: u32, network: &Network) -> Vec<u8> {
     let mut message = Vec::with_capacity(LENGTH as usize);
     message.extend_from_slice(&LENGTH.to_ne_bytes());
     message.extend_from_slice(&RTM_NEWADDR.to_ne_bytes());
-    message.extend_from_slice(&REQUEST_ACK_CREATE_REPLACE.to_ne_bytes());
+    message.extend_from_slice(&REQUEST_CREATE_REPLACE.to_ne_bytes());
     message.extend_from_slice(&[0; 8]); // sequence, port: one question at a time
     message.extend_from_slice(&[libc::AF_INET as u8, network.prefix_len, 0, 0]);
     message.extend_from_slice(&index.to_ne_bytes());
