@@ -107,7 +107,7 @@ impl Bench {
             let files = [&prepared, &delta, &base].map(|path| path.display().to_string()).join(",");
             peer.args(["--volume", &format!("{},{files}", volume.name)]);
         }
-        peer.arg("--").args(command).stdin(Stdio::null());
+        peer.arg("--").args(command).stdin(Stdio::null()).stderr(Stdio::null());
         peer
     }
 
