@@ -6,7 +6,7 @@
 
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use benches::guests::{Bench, Subject, DEBIAN, TEST, TEST_4G};
@@ -152,18 +152,10 @@ fn first_byte(command: &mut Command) -> f64 {
 
 /// From the end of stdin, which ends the command, to the end of QEMU, both seen from outside.
 fn all_gone(bench: &Bench) -> f64 {
-    let mut launch = bench
-        .ours(&TEST, &["sh", "-c", "echo x; read go"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("it starts");
-    let mut byte = [0u8];
-    launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
-    let qemu = children(launch.id());
+    let (mut launch, qemu) = idle_clone(bench, &TEST);
     let start = Instant::now();
     drop(launch.stdin.take());
-    while qemu.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
+    while Path::new(&format!("/proc/{qemu}")).exists() {
         std::thread::sleep(Duration::from_micros(200));
     }
     let taken = ms(start);
@@ -173,17 +165,9 @@ fn all_gone(bench: &Bench) -> f64 {
 
 /// `Anonymous` of the RAM mapping 5 s after the thaw, in MiB.
 fn idle_private(bench: &Bench, subject: &Subject) -> f64 {
-    let mut launch = bench
-        .ours(subject, &["sh", "-c", "echo x; read go"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("it starts");
-    let mut byte = [0u8];
-    launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
+    let (mut launch, qemu) = idle_clone(bench, subject);
     std::thread::sleep(Duration::from_secs(5));
-    let pid = children(launch.id())[0];
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
+    let smaps = std::fs::read_to_string(format!("/proc/{qemu}/smaps")).expect("smaps");
     let mut in_ram = false;
     let mut kib = 0.0;
     for line in smaps.lines() {
@@ -198,9 +182,19 @@ fn idle_private(bench: &Bench, subject: &Subject) -> f64 {
     kib / 1024.0
 }
 
-fn children(pid: u32) -> Vec<u32> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+/// A clone that has said something and waits for the end of its stdin, and its QEMU.
+fn idle_clone(bench: &Bench, subject: &Subject) -> (Child, u32) {
+    let mut command = bench.ours(subject, &["sh", "-c", "echo x; read go"]);
+    let mut launch = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut byte = [0u8];
+    launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
+    let qemu = child_of(launch.id()).expect("the launcher has one child");
+    (launch, qemu)
+}
+
+fn child_of(pid: u32) -> Option<u32> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    text.split_whitespace().next()?.parse().ok()
 }
 
 fn ms(start: Instant) -> f64 {
