@@ -21,16 +21,16 @@ guests: build
 
 demo: build
 	@fixtures/build-all.sh target debian
-	@fixtures/demo.sh
+	@tools/without-swap.sh fixtures/demo.sh
 
 test: guests
-	@$(CARGO) test --release --workspace
+	@tools/without-swap.sh $(CARGO) test --release --workspace
 
 bench: guests
-	@$(CARGO) run --release -q -p benches --bin launch-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
 
 bench-short: guests
-	@$(CARGO) run --release -q -p benches --bin launch-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

@@ -24,6 +24,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 /// Three orders of magnitude above the usual.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(30);
 
+/// Frames that may come before an answer: a whole window of each stream in the smallest pieces a program writes is less.
+const OTHERS_MAX: usize = 4096;
+
 /// A channel to one agent.
 pub struct AgentLink {
     pipe: Box<dyn AgentPipe>,
@@ -105,11 +108,6 @@ impl AgentLink {
         Ok(self.inbox.pop_front())
     }
 
-    /// Puts a frame back to be read next.
-    pub fn put_back(&mut self, frame: GuestFrame) {
-        self.inbox.push_front(frame);
-    }
-
     /// Sends `frame` and waits until the agent says it is done.
     fn ask(
         &mut self,
@@ -135,7 +133,8 @@ impl AgentLink {
                     return Ok(());
                 }
                 GuestFrame::Failed { stream: 0, failed } => return Err(failure(step, &failed)),
-                frame => others.push_back(frame),
+                frame if others.len() < OTHERS_MAX => others.push_back(frame),
+                _ => return Err(broken(step, "it sends without end and does not answer")),
             }
         }
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use engine::identity::CloneNumber;
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -100,22 +100,27 @@ pub fn sweep(state: &State) -> Result<()> {
     let folder = state.clones();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        if let Ok(Some(lock)) = lock_existing(&path) {
+        let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("disp")?.parse().ok());
+        if let Ok(Some(lock)) = lock_existing(&path, FlockArg::LockExclusiveNonblock) {
             let _ = fs::remove_file(&path);
+            // Its seven days begin now, as far as anybody can tell.
+            if let Some(number) = number.and_then(CloneNumber::new) {
+                names::give_back(state, number)?;
+            }
             drop(lock);
         }
     }
     Ok(())
 }
 
-/// Whether the record's keeper holds its lock.
+/// Whether the record's keeper holds its lock. Asked with a shared lock, so that those who ask do not see each other.
 fn is_alive(path: &Path) -> bool {
-    path.exists() && matches!(lock_existing(path), Ok(None))
+    path.exists() && matches!(lock_existing(path, FlockArg::LockSharedNonblock), Ok(None))
 }
 
 /// The lock of a file that is there, if nobody has it.
-fn lock_existing(path: &Path) -> std::io::Result<Option<Flock<File>>> {
-    match Flock::lock(File::open(path)?, nix::fcntl::FlockArg::LockExclusiveNonblock) {
+fn lock_existing(path: &Path, how: FlockArg) -> std::io::Result<Option<Flock<File>>> {
+    match Flock::lock(File::open(path)?, how) {
         Ok(lock) => Ok(Some(lock)),
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, error)) => Err(error.into()),

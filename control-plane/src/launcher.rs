@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -22,7 +23,7 @@ use crate::inputs::Guest;
 use crate::machine::{self, Settings};
 use crate::savefiles::{self, Readiness};
 use crate::session::{self, Caller, Ending, Signals};
-use crate::state::State;
+use crate::state::{self, State};
 
 /// The launch itself failed.
 pub const EXIT_FAILED: u8 = 125;
@@ -90,6 +91,7 @@ pub fn run(state: &State, settings: &Settings, request: Request, say: &dyn Fn(&s
     let mut timeline = Timeline::since(request.start);
     machine::forbid_core_dump()?;
     clones::sweep(state)?;
+    let in_use = state::lock_shared(&state.use_lock())?;
     let guest = Guest::load(state, &request.dvm)?;
     let host = machine::host(state, settings, &guest.spec.kernel)?;
     let image = ready_image(state, &guest, &*host, request.rebuild, say)?;
@@ -97,6 +99,7 @@ pub fn run(state: &State, settings: &Settings, request: Request, say: &dyn Fn(&s
     let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
     let lease = Lease::take(state, &guest.dvm_name, &root_hash, template)?;
+    drop(in_use);
     let confinement = machine::confinement(state, settings, lease.number());
     machine::check_memory(&guest.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
@@ -150,7 +153,14 @@ fn start_rebuild(state: &State, guest: &Guest) -> io::Result<()> {
     let mut command = Command::new("setsid");
     command.args(["nice", "-n", "10"]).arg(program).arg("--root").arg(state.root());
     command.args(["build", "--background"]).arg(&guest.dvm_name);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().map(drop)
+    std::fs::create_dir_all(state.savefiles(&guest.dvm_name))?;
+    let log = std::fs::File::create(rebuild_log(state, guest))?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().map(drop)
+}
+
+/// What the last rebuild had to say.
+fn rebuild_log(state: &State, guest: &Guest) -> PathBuf {
+    state.savefiles(&guest.dvm_name).join("build.log")
 }
 
 /// Carries the command's streams until it ends.

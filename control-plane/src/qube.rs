@@ -90,9 +90,6 @@ pub struct SavefilePin {
     pub root_hash: String,
     /// The hash of everything it was built from ([`crate::inputs`]).
     pub inputs: String,
-    /// The prerun hook's hash, empty without one: a rebuild runs the same.
-    #[serde(default)]
-    pub prerun_hash: String,
 }
 
 impl Qube {
@@ -119,25 +116,23 @@ impl Qube {
     /// Writes the record.
     pub fn save(&self, state: &State) -> Result<()> {
         check_name(&self.name)?;
-        if !LABELS.contains(&self.label.as_str()) {
-            return Err(Error::new(Kind::Usage, format!("{:?} is no label", self.label))
-                .hint(format!("one of {}", LABELS.join(", "))));
-        }
+        check_label(&self.label)?;
         state::make_folder(&state.qube(&self.name))?;
         let text = toml::to_string(self).map_err(Error::failed("write the qube's record"))?;
         state::replace_file(&record_path(state, &self.name), text.as_bytes())
     }
 
-    /// All qubes, by name. A record that cannot be read is an error of that qube alone.
+    /// All qubes, by name. One that is being removed meanwhile is left out; a record that cannot be read is an error.
     pub fn all(state: &State) -> Result<Vec<Qube>> {
         let folder = state.qubes();
         let mut names: Vec<String> = fs::read_dir(&folder)
             .map_err(Error::io("list", &folder))?
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| record_path(state, name).is_file())
+            .filter(|name| check_name(name).is_ok())
             .collect();
         names.sort();
-        names.iter().map(|name| Qube::load(state, name)).collect()
+        let records = names.iter().map(|name| (name, Qube::load(state, name)));
+        records.filter(|(name, _)| record_path(state, name).is_file()).map(|(_, record)| record).collect()
     }
 
     /// The DVM template's part, or what stands in the way.
@@ -187,6 +182,15 @@ pub fn default_dvm(state: &State) -> Result<String> {
             .hint("`make demo` makes one, or `dispvm-qube add-template` and `dispvm-qube add-dvm`")),
         _ => Err(Error::new(Kind::Usage, format!("there are several DVM templates: {}", dvms.join(", ")))
             .hint("choose one with --dvm NAME")),
+    }
+}
+
+/// One of Qubes' labels.
+pub fn check_label(label: &str) -> Result<()> {
+    match LABELS.contains(&label) {
+        true => Ok(()),
+        false => Err(Error::new(Kind::Usage, format!("{label:?} is no label"))
+            .hint(format!("one of {}", LABELS.join(", ")))),
     }
 }
 

@@ -24,6 +24,7 @@ use crate::inputs::{self, Guest};
 use crate::machine::{self, Settings};
 use crate::qube::{self, Class, Qube, SavefilePin};
 use crate::state::{self, State};
+use crate::templates;
 
 /// Whether a launch has a savefile to start from.
 pub enum Readiness {
@@ -105,8 +106,8 @@ pub fn build(
     watch: &mut dyn Watch,
 ) -> Result<Option<Built>> {
     let mut timeline = Timeline::since(Instant::now());
-    let guest = Guest::load(state, dvm)?;
     let folder = state.savefiles(dvm);
+    Guest::load(state, dvm)?;
     state::make_folder(&folder)?;
     let lock_path = folder.join("build.lock");
     let _lock = match wait {
@@ -118,6 +119,9 @@ pub fn build(
     };
     clones::sweep(state)?;
     savefile::sweep(&folder).map_err(savefile_error)?;
+    let in_use = state::lock_shared(&state.use_lock())?;
+    // Only now: the wait for the lock may have been long.
+    let guest = Guest::load(state, dvm)?;
     let host = machine::host(state, settings, &guest.spec.kernel)?;
     let hook = load_hook(&folder, prerun)?;
     let generation = next_generation(&folder, &guest)?;
@@ -125,6 +129,7 @@ pub fn build(
     let pinned_inputs = inputs::hash(&expected)?;
     let path = state.savefile(dvm, generation);
     let lease = Lease::take(state, dvm, "", (guest.dvm.template.clone(), guest.template.generation))?;
+    drop(in_use);
     let confinement = machine::confinement(state, settings, lease.number());
     machine::check_memory(&guest.spec, &confinement)?;
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -136,9 +141,9 @@ pub fn build(
         path: &path,
     };
     let written = build::build(&*host, order, AgentLink::new, watch, &mut timeline).map_err(build_error)?;
-    drop(lease);
 
     // Admission reads the file back through the verifying reader: nothing is pinned that was not seen to be whole.
+    let in_use = state::lock_shared(&state.use_lock())?;
     let silent = savefile::silent;
     let admitted = HotImage::admit(&path, &written.root, &state.hot(), &*host, ReadBackend::Ring, &silent);
     if let Err(error) = admitted {
@@ -146,25 +151,20 @@ pub fn build(
         return Err(savefile_error(error));
     }
     timeline.mark("admit");
-    let pin = SavefilePin {
-        generation,
-        root_hash: written.root.to_string(),
-        inputs: pinned_inputs,
-        prerun_hash: hook.as_deref().map_or(String::new(), |hook| blake3::hash(hook).to_hex().to_string()),
-    };
+    let pin = SavefilePin { generation, root_hash: written.root.to_string(), inputs: pinned_inputs };
     qube::update_dvm(state, dvm, |dvm| dvm.savefile = Some(pin))?;
+    keep_hook(&folder, prerun, hook.as_deref())?;
+    drop(in_use);
+    drop(lease);
     collect(state)?;
     Ok(Some(Built { generation, path, written, timeline }))
 }
 
-/// The hook to run, kept beside the savefiles so that a rebuild runs the same.
+/// The hook to run: the one given, or the one kept beside the savefiles.
 fn load_hook(folder: &Path, prerun: &Prerun) -> Result<Option<Vec<u8>>> {
     let kept = folder.join("prerun");
     match prerun {
-        Prerun::None => {
-            let _ = fs::remove_file(&kept);
-            Ok(None)
-        }
+        Prerun::None => Ok(None),
         Prerun::File(path) => {
             let bytes = fs::read(path).map_err(Error::io("read the prerun hook", path))?;
             if bytes.is_empty() || bytes.len() > qrexec::PRERUN_BYTES_MAX {
@@ -173,11 +173,25 @@ fn load_hook(folder: &Path, prerun: &Prerun) -> Result<Option<Vec<u8>>> {
                     format!("{} is no hook: {} bytes", path.display(), bytes.len()),
                 ));
             }
-            state::replace_file(&kept, &bytes)?;
             Ok(Some(bytes))
         }
         Prerun::Same if kept.exists() => fs::read(&kept).map(Some).map_err(Error::io("read", &kept)),
         Prerun::Same => Ok(None),
+    }
+}
+
+/// Keeps the hook of a build that has succeeded, so that a rebuild runs the same.
+fn keep_hook(folder: &Path, prerun: &Prerun, hook: Option<&[u8]>) -> Result<()> {
+    let kept = folder.join("prerun");
+    match (prerun, hook) {
+        (Prerun::Same, _) => Ok(()),
+        (_, Some(bytes)) => state::replace_file(&kept, bytes),
+        (_, None) => match fs::remove_file(&kept) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("remove", &kept)(error))
+            }
+            _ => Ok(()),
+        },
     }
 }
 
@@ -305,7 +319,9 @@ pub struct Collected {
 
 /// Removes what nothing needs any more: old savefiles, hot images, template generations, dead clones' records.
 pub fn collect(state: &State) -> Result<Collected> {
+    let _nobody_else = state::lock(&state.use_lock())?;
     clones::sweep(state)?;
+    templates::remove_leftovers(state)?;
     let living = clones::list(state)?;
     let qubes = Qube::all(state)?;
     let mut collected = Collected::default();

@@ -102,8 +102,7 @@ pub fn run(
     signals: &mut Signals,
     timeline: &mut Timeline,
 ) -> Result<Ending, SessionError> {
-    let mut pump =
-        Pump { stdin: Input::default(), stdout: Output::default(), stderr: Output::default(), exit: None };
+    let mut pump = Pump::default();
     loop {
         while let Some(frame) = link.next_frame()? {
             pump.take(frame, timeline)?;
@@ -124,19 +123,25 @@ pub fn run(
         if ready.stdin {
             pump.stdin.read(caller.stdin, link)?;
         }
-        let hung_up = pump.stdout.write(ready.stdout, caller.stdout, link, HostFrameOf::Stdout)?
-            | pump.stderr.write(ready.stderr, caller.stderr, link, HostFrameOf::Stderr)?;
+        // One at a time: both may be the same pipe, which poll has promised room for one.
+        let (which, output, fd, flags) = match ready.stdout.is_empty() {
+            false => (HostFrameOf::Stdout, &mut pump.stdout, caller.stdout, ready.stdout),
+            true => (HostFrameOf::Stderr, &mut pump.stderr, caller.stderr, ready.stderr),
+        };
+        let hung_up = output.write(flags, fd, link, which)?;
         if hung_up {
             return Ok(Ending::HungUp);
         }
     }
 }
 
+#[derive(Default)]
 struct Pump {
     stdin: Input,
     stdout: Output,
     stderr: Output,
     exit: Option<Exit>,
+    thawed: bool,
 }
 
 /// What poll found.
@@ -151,7 +156,10 @@ struct Ready {
 impl Pump {
     fn take(&mut self, frame: GuestFrame, timeline: &mut Timeline) -> Result<(), SessionError> {
         match frame {
-            GuestFrame::Done(qrexec::Op::Thaw) => timeline.mark("thawed"),
+            GuestFrame::Done(qrexec::Op::Thaw) if !self.thawed => {
+                self.thawed = true;
+                timeline.mark("thawed");
+            }
             GuestFrame::Stdout { bytes, .. } => {
                 if !self.stdout.seen_any {
                     timeline.mark("first_byte");
@@ -161,7 +169,7 @@ impl Pump {
             GuestFrame::Stderr { bytes, .. } => self.stderr.receive(bytes)?,
             GuestFrame::StdinCredit { bytes, .. } => self.stdin.window.credit(bytes)?,
             GuestFrame::StdinClosed { .. } => self.stdin.ended = true,
-            GuestFrame::Exited { exit, .. } => {
+            GuestFrame::Exited { exit, .. } if self.exit.is_none() => {
                 timeline.mark("exited");
                 self.exit = Some(exit);
             }
@@ -226,17 +234,16 @@ impl Input {
         let mut buffer = [0u8; READ_BYTES];
         let most = self.window.left().min(READ_BYTES);
         match read(fd.as_raw_fd(), &mut buffer[..most]) {
-            // EIO: a terminal that is gone, or not ours to read from in the background.
-            Ok(0) | Err(Errno::EIO) => {
-                self.ended = true;
-                link.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
-            }
-            Ok(count) => {
+            Ok(count) if count > 0 => {
                 self.window.sent(count);
                 link.queue_stdin(&buffer[..count]);
             }
             Err(Errno::EAGAIN | Errno::EINTR) => {}
-            Err(error) => return Err(SessionError::Io { step: "read stdin", source: error.into() }),
+            // Its end; or none that can be read: nohup's write-only /dev/null, a folder, a terminal that is gone.
+            Ok(_) | Err(_) => {
+                self.ended = true;
+                link.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
+            }
         }
         Ok(())
     }

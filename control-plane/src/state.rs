@@ -7,6 +7,7 @@
 //! ROOT/qubes/DVM/savefile/GEN.savefile       immutable
 //! ROOT/hot/HASH/                             admitted savefiles, by root hash
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
+//! ROOT/use.lock                              see State::use_lock
 //! ROOT/names                                 when each name was last in use
 //! ROOT/qemu.json                             what was found out about QEMU
 //! ```
@@ -90,6 +91,12 @@ impl State {
         self.root.join("names")
     }
 
+    /// Held shared from the reading of a record until what it names is in use or pinned, and exclusively by whoever removes
+    /// what nothing names.
+    pub fn use_lock(&self) -> PathBuf {
+        self.root.join("use.lock")
+    }
+
     /// What was found out about QEMU.
     pub fn qemu_cache(&self) -> PathBuf {
         self.root.join("qemu.json")
@@ -121,6 +128,12 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn lock(path: &Path) -> Result<Flock<File>> {
     let file = open_lock(path).map_err(Error::io("open", path))?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| Error::io("lock", path)(error.into()))
+}
+
+/// Takes the shared lock of a file (made if need be), waiting for it.
+pub fn lock_shared(path: &Path) -> Result<Flock<File>> {
+    let file = open_lock(path).map_err(Error::io("open", path))?;
+    Flock::lock(file, FlockArg::LockShared).map_err(|(_, error)| Error::io("lock", path)(error.into()))
 }
 
 /// Takes the exclusive lock of a file if nobody has it.

@@ -13,6 +13,10 @@ use crate::state::{self, State};
 
 /// Copied and hashed piece by piece; a piece of zeros becomes a hole.
 const PIECE: usize = 1 << 20;
+/// How the folder of a qube that is being removed ends.
+const REMOVED: &str = ".removed";
+/// The sizes a volume may have, in MiB: room for a file system, and what the hosts' overlays can hold.
+const VOLUME_MIB: std::ops::RangeInclusive<u64> = 32..=4 << 20;
 
 /// The files of a template's new generation.
 pub struct TemplateFiles<'a> {
@@ -76,6 +80,14 @@ pub fn add_dvm(state: &State, name: &str, label: &str, mut dvm: Dvm) -> Result<(
     qube::check_name(name)?;
     Qube::load(state, &dvm.template)?.template()?;
     inputs::parse_nic(&dvm.net)?;
+    qube::check_label(label)?;
+    if !VOLUME_MIB.contains(&dvm.private_mib) || !VOLUME_MIB.contains(&dvm.volatile_mib) {
+        return Err(Error::new(Kind::Usage, "a volume is too small or too large").hint(format!(
+            "sizes are from {} to {} MiB",
+            VOLUME_MIB.start(),
+            VOLUME_MIB.end()
+        )));
+    }
     state::make_folder(&state.qube(name))?;
     let _lock = state::lock(&state.qube(name).join("record.lock"))?;
     match Qube::load(state, name) {
@@ -117,10 +129,21 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
     }
     // Renamed first, so that a removal cut short leaves no half qube under its name.
     let folder = state.qube(&qube.name);
-    let aside = state.qubes().join(format!(".{name}.removed"));
+    let aside = state.qubes().join(format!(".{name}{REMOVED}"));
     let _ = fs::remove_dir_all(&aside);
     fs::rename(&folder, &aside).map_err(Error::io("remove", &folder))?;
     fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+}
+
+/// Removes what removals cut short have left.
+pub fn remove_leftovers(state: &State) -> Result<()> {
+    let folder = state.qubes();
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))?.flatten() {
+        if entry.file_name().to_string_lossy().ends_with(REMOVED) {
+            fs::remove_dir_all(entry.path()).map_err(Error::io("remove", &entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 /// An empty private volume: the guest makes its file system, as in Qubes.
@@ -128,7 +151,9 @@ fn make_private(state: &State, name: &str, dvm: &Dvm) -> Result<String> {
     let path = state.private_image(name, dvm.private_generation);
     state::make_folder(path.parent().unwrap_or(Path::new("/")))?;
     let make = || -> io::Result<String> {
-        let file = File::options().write(true).create(true).truncate(true).open(&path)?;
+        // One may be left of an attempt cut short.
+        let _ = fs::remove_file(&path);
+        let file = File::options().write(true).create_new(true).open(&path)?;
         file.set_len(dvm.private_mib << 20)?;
         state::make_immutable(&file)?;
         let mut id = [0u8; 8];

@@ -135,7 +135,10 @@ impl QemuHost {
         let overlays = spec
             .volumes
             .iter()
-            .map(|volume| overlay(volume, confinement, guard))
+            .map(|volume| match files.keep_private {
+                true => overlay(volume, confinement, guard),
+                false => growing_overlay(volume),
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let bases = spec.volumes.iter().map(open_volume_base).collect::<Result<Vec<_>, _>>()?;
         let (link, tap) = open_link(nic)?;
@@ -214,6 +217,17 @@ fn shared_memory(size: ByteCount) -> Result<File, HostError> {
     let file = memfd("guest-memory").map_err(HostError::io(step))?;
     file.set_len(size.0).map_err(HostError::io(step))?;
     Ok(file)
+}
+
+/// An empty overlay in memory for a guest that is to be captured: all of what it writes goes into the savefile, and a
+/// spill could not be read back.
+fn growing_overlay(volume: &VolumeSpec) -> Result<Overlay, HostError> {
+    let make = || {
+        let file = memfd("overlay")?;
+        qcow2::write_empty(&file, volume.size)?;
+        Ok(Overlay { volume: volume.name.clone(), size: volume.size, file, spilled: false })
+    };
+    make().map_err(HostError::io("make an overlay"))
 }
 
 /// An empty overlay in memory which cannot grow past the limit: a write beyond it fails, and QEMU stops the guest.

@@ -130,11 +130,6 @@ impl Process {
         }
         Ok(())
     }
-
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
 }
 
 impl Drop for Process {

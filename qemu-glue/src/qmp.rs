@@ -92,6 +92,9 @@ impl Qmp {
                 return Ok(event);
             }
             let message = self.message(deadline, limit)?;
+            if let Some(message) = error_of(&message) {
+                return Err(QmpError::Refused { command: "a posted command".to_owned(), message });
+            }
             self.keep_if_event(message);
         }
     }
@@ -135,9 +138,7 @@ impl Qmp {
             let mut message = self.message(deadline, limit)?;
             if message.get("id").and_then(Value::as_str) != Some("asked") {
                 self.keep_if_event(message);
-            } else if let Some(error) = message.get("error") {
-                let message =
-                    error.get("desc").and_then(Value::as_str).unwrap_or("no description").to_owned();
+            } else if let Some(message) = error_of(&message) {
                 return Err(QmpError::Refused { command: command.to_owned(), message });
             } else {
                 return Ok(message["return"].take());
@@ -148,8 +149,6 @@ impl Qmp {
     fn keep_if_event(&mut self, mut message: Value) {
         if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
             self.events.push_back(Event { name, data: message["data"].take() });
-        } else if message.get("error").is_some() {
-            tracing::warn!("QEMU refused a posted command: {message}");
         }
     }
 
@@ -184,6 +183,12 @@ impl Qmp {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// QEMU's description, if the message is an error.
+fn error_of(message: &Value) -> Option<String> {
+    let error = message.get("error")?;
+    Some(error.get("desc").and_then(Value::as_str).unwrap_or("no description").to_owned())
 }
 
 impl AsFd for Qmp {

@@ -2,6 +2,7 @@
 //!
 //! Everything here is called with plain values prepared beforehand; no decision is taken in this file.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
@@ -50,6 +51,8 @@ fn prepare_child(plan: &ChildPlan, parent: u32) -> io::Result<()> {
         libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         // Its own process group: a terminal's Ctrl-C goes to the launcher, which ends QEMU in order.
         check(libc::setpgid(0, 0))?;
+        // Should the host run out of memory all the same, a clone goes before anything else does.
+        write_file(c"/proc/self/oom_score_adj", c"1000")?;
         if plan.keep_ipc_lock {
             check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0))?;
         }
@@ -106,19 +109,24 @@ unsafe fn forbid_core_dump() -> io::Result<()> {
     let limit = libc::rlimit { rlim_cur: 1, rlim_max: 1 };
     // SAFETY: `limit` is a live local.
     check(unsafe { libc::setrlimit(libc::RLIMIT_CORE, &limit) })?;
+    // SAFETY: as this function's.
+    unsafe { write_file(c"/proc/self/coredump_filter", c"0") }
+}
+
+/// Writes a text to a file of the kernel's.
+///
+/// # Safety
+/// Async-signal-safe: system calls on static strings only.
+unsafe fn write_file(path: &'static CStr, text: &'static CStr) -> io::Result<()> {
     // SAFETY: a static NUL-terminated path; the descriptor is closed below.
-    let fd = check(unsafe {
-        libc::open(c"/proc/self/coredump_filter".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC)
-    })?;
-    // SAFETY: two bytes of a static string; `fd` is open and ours.
-    let written = unsafe { libc::write(fd, c"0\n".as_ptr().cast(), 2) };
+    let fd = check(unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) })?;
+    let length = text.count_bytes();
+    // SAFETY: `length` bytes of a static string; `fd` is open and ours.
+    let written = unsafe { libc::write(fd, text.as_ptr().cast(), length) };
+    let result = check(written as i32);
     // SAFETY: `fd` is ours and not used again.
     unsafe { libc::close(fd) };
-    if written == 2 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    result.map(drop)
 }
 
 /// Installs a filter that hands every `openat(…, O_RDWR)` (these flags and no other) to a listener, and sends the

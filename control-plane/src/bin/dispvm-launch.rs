@@ -40,7 +40,7 @@ struct Options {
     #[arg(long, value_name = "SERVICE[+ARG]", conflicts_with = "command")]
     service: Option<String>,
     /// Command and arguments [default: a login shell]
-    #[arg(value_name = "CMD", trailing_var_arg = true, allow_hyphen_values = true)]
+    #[arg(value_name = "CMD", trailing_var_arg = true)]
     command: Vec<OsString>,
 }
 
