@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::error::{Error, Kind, Result};
-use crate::machine::Settings;
+use crate::machine::ThisMachine;
 use crate::output::error_text;
 use crate::state::State;
 
@@ -40,15 +40,15 @@ impl Common {
     }
 }
 
-/// What the environment says.
-pub fn settings() -> Result<Settings> {
+/// The machine, as the environment describes it.
+pub fn machine() -> Result<ThisMachine> {
     let volume_memory_mib = match std::env::var("DISPVM_VOLUME_MEMORY_MIB") {
         Err(_) => None,
         Ok(text) => Some(text.parse().ok().filter(|mib| (1..=1 << 20).contains(mib)).ok_or_else(|| {
             Error::new(Kind::Usage, format!("DISPVM_VOLUME_MEMORY_MIB is {text:?}, not a number of MiB"))
         })?),
     };
-    Ok(Settings {
+    Ok(ThisMachine {
         qemu: std::env::var_os("DISPVM_QEMU").filter(|value| !value.is_empty()).map(PathBuf::from),
         path: std::env::var_os("PATH").unwrap_or_default(),
         volume_memory_mib,

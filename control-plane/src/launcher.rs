@@ -20,7 +20,7 @@ use crate::agent_link::AgentLink;
 use crate::clones::{self, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::Guest;
-use crate::machine::{self, Settings};
+use crate::machine::{self, Machine};
 use crate::savefiles::{self, Readiness};
 use crate::session::{self, Caller, Ending, Signals};
 use crate::state::{self, State};
@@ -87,21 +87,21 @@ impl Report {
 }
 
 /// Launches a clone, runs the command in it, and destroys it.
-pub fn run(state: &State, settings: &Settings, request: Request, say: &dyn Fn(&str)) -> Result<Report> {
+pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(&str)) -> Result<Report> {
     let mut timeline = Timeline::since(request.start);
     machine::forbid_core_dump()?;
     clones::sweep(state)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     let guest = Guest::load(state, &request.dvm)?;
-    let host = machine::host(state, settings, &guest.spec.kernel)?;
+    let host = machine.host(state, &guest.spec.kernel)?;
     let image = ready_image(state, &guest, &*host, request.rebuild, say)?;
     let generation = image.as_ref().map(|(generation, ..)| *generation);
     let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
     let lease = Lease::take(state, &guest.dvm_name, &root_hash, template)?;
     drop(in_use);
-    let confinement = machine::confinement(state, settings, lease.number());
-    machine::check_memory(&guest.spec, &confinement)?;
+    let confinement = machine::confinement(state, machine, lease.number());
+    machine::check_memory(machine, &guest.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 
@@ -168,7 +168,7 @@ fn converse(clone: &mut Clone<AgentLink>, timeline: &mut Timeline) -> Result<End
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
-    session::run(&mut clone.agent, &mut *clone.domain, &caller, &mut signals, timeline)
+    session::run(&mut clone.agent, &mut clone.domain, &caller, &mut signals, timeline)
         .map_err(Error::failed("run the command in the clone"))
 }
 

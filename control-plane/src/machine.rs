@@ -18,9 +18,21 @@ pub const VOLUME_MEMORY_MAX: ByteCount = ByteCount(512 << 20);
 /// The least memory a host keeps for itself when a clone has taken all it may.
 pub const HOST_RESERVE: u64 = 256 << 20;
 
-/// What the binaries read from their environment.
+/// A machine on which clones run: its hypervisor and its memory. [`ThisMachine`] is the real one, a simulator another.
+pub trait Machine: Send + Sync {
+    /// Its hypervisor, probed with `kernel` if it is not known yet.
+    fn host(&self, state: &State, kernel: &Path) -> Result<Box<dyn Host>>;
+
+    /// Bytes a new process could take without anything being swapped out; `None` where nobody knows.
+    fn memory_available(&self) -> Option<u64>;
+
+    /// How much each of a clone's volumes may write to memory.
+    fn volume_memory_max(&self) -> ByteCount;
+}
+
+/// The machine we are on, as the environment describes it.
 #[derive(Debug, Clone, Default)]
-pub struct Settings {
+pub struct ThisMachine {
     /// DISPVM_QEMU: the QEMU to use instead of the one in PATH.
     pub qemu: Option<PathBuf>,
     /// PATH.
@@ -29,19 +41,30 @@ pub struct Settings {
     pub volume_memory_mib: Option<u64>,
 }
 
-/// Finds the host, probing it with `kernel` if it is not known yet.
-pub fn host(state: &State, settings: &Settings, kernel: &Path) -> Result<Box<dyn Host>> {
-    let program = settings.qemu.clone().or_else(|| probe::in_path(&settings.path));
-    let program = program.ok_or_else(|| {
-        Error::new(Kind::Failed, "QEMU is not there").hint(
-            "`apt install qemu-system-x86`, or name another with DISPVM_QEMU=/path/to/qemu-system-x86_64",
-        )
-    })?;
-    let qemu = Qemu::find(&program, &state.qemu_cache(), kernel).map_err(|error| match error {
-        ProbeError::Io { ref path, .. } if path == kernel => Error::failed("find out about QEMU")(error),
-        error => Error::new(Kind::Failed, "QEMU cannot be used").because(error),
-    })?;
-    Ok(Box::new(QemuHost::new(qemu)))
+impl Machine for ThisMachine {
+    fn host(&self, state: &State, kernel: &Path) -> Result<Box<dyn Host>> {
+        let program = self.qemu.clone().or_else(|| probe::in_path(&self.path));
+        let program = program.ok_or_else(|| {
+            Error::new(Kind::Failed, "QEMU is not there").hint(
+                "`apt install qemu-system-x86`, or name another with DISPVM_QEMU=/path/to/qemu-system-x86_64",
+            )
+        })?;
+        let qemu = Qemu::find(&program, &state.qemu_cache(), kernel).map_err(|error| match error {
+            ProbeError::Io { ref path, .. } if path == kernel => Error::failed("find out about QEMU")(error),
+            error => Error::new(Kind::Failed, "QEMU cannot be used").because(error),
+        })?;
+        Ok(Box::new(QemuHost::new(qemu)))
+    }
+
+    fn memory_available(&self) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
+    }
+
+    fn volume_memory_max(&self) -> ByteCount {
+        self.volume_memory_mib.map_or(VOLUME_MEMORY_MAX, |mib| ByteCount(mib << 20))
+    }
 }
 
 /// No core dump of this process: the key of a spill is in its memory, and what its clone reads and writes.
@@ -51,25 +74,25 @@ pub fn forbid_core_dump() -> Result<()> {
 }
 
 /// The limits of a clone.
-pub fn confinement(state: &State, settings: &Settings, number: CloneNumber) -> Confinement {
+pub fn confinement(state: &State, machine: &dyn Machine, number: CloneNumber) -> Confinement {
     Confinement {
         slot: number.get(),
-        volume_memory_max: settings.volume_memory_mib.map_or(VOLUME_MEMORY_MAX, |mib| ByteCount(mib << 20)),
+        volume_memory_max: machine.volume_memory_max(),
         spill_dir: state.root().to_owned(),
+        background: false,
     }
+}
+
+/// The most a clone may come to use.
+pub fn memory_needed(spec: &GuestSpec, confinement: &Confinement) -> u64 {
+    spec.memory.0 + spec.volumes.len() as u64 * confinement.volume_memory_max.0
 }
 
 /// Refuses a clone for which there would not be enough memory if it took all it may: the host's OOM killer shall never
 /// have to choose.
-pub fn check_memory(spec: &GuestSpec, confinement: &Confinement) -> Result<()> {
-    let needed = spec.memory.0 + spec.volumes.len() as u64 * confinement.volume_memory_max.0 + HOST_RESERVE;
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok())
-        .map(|kib| kib << 10);
-    match available {
+pub fn check_memory(machine: &dyn Machine, spec: &GuestSpec, confinement: &Confinement) -> Result<()> {
+    let needed = memory_needed(spec, confinement) + HOST_RESERVE;
+    match machine.memory_available() {
         Some(available) if available < needed => Err(Error::new(
             Kind::Refused,
             format!(

@@ -21,7 +21,7 @@ use crate::agent_link::AgentLink;
 use crate::clones::{self, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
-use crate::machine::{self, Settings};
+use crate::machine::{self, Machine};
 use crate::qube::{self, Class, Qube, SavefilePin};
 use crate::state::{self, State};
 use crate::templates;
@@ -99,7 +99,7 @@ pub struct Description {
 /// `wait` was not asked for.
 pub fn build(
     state: &State,
-    settings: &Settings,
+    machine: &dyn Machine,
     dvm: &str,
     prerun: &Prerun,
     wait: bool,
@@ -122,7 +122,7 @@ pub fn build(
     let in_use = state::lock_shared(&state.use_lock())?;
     // Only now: the wait for the lock may have been long.
     let guest = Guest::load(state, dvm)?;
-    let host = machine::host(state, settings, &guest.spec.kernel)?;
+    let host = machine.host(state, &guest.spec.kernel)?;
     let hook = load_hook(&folder, prerun)?;
     let generation = next_generation(&folder, &guest)?;
     let expected = guest.manifest(host.facts());
@@ -130,8 +130,8 @@ pub fn build(
     let path = state.savefile(dvm, generation);
     let lease = Lease::take(state, dvm, "", (guest.dvm.template.clone(), guest.template.generation))?;
     drop(in_use);
-    let confinement = machine::confinement(state, settings, lease.number());
-    machine::check_memory(&guest.spec, &confinement)?;
+    let confinement = machine::confinement(state, machine, lease.number());
+    machine::check_memory(machine, &guest.spec, &confinement)?;
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let order = Order {
         spec: &guest.spec,
@@ -269,9 +269,9 @@ pub fn standing(state: &State, guest: &Guest, host: &dyn Host) -> Result<Standin
 }
 
 /// Describes the savefile of `dvm`.
-pub fn describe(state: &State, settings: &Settings, dvm: &str) -> Result<Description> {
+pub fn describe(state: &State, machine: &dyn Machine, dvm: &str) -> Result<Description> {
     let guest = Guest::load(state, dvm)?;
-    let host = machine::host(state, settings, &guest.spec.kernel)?;
+    let host = machine.host(state, &guest.spec.kernel)?;
     let pin = guest.dvm.savefile.clone().ok_or_else(|| no_savefile(dvm))?;
     let path = state.savefile(dvm, pin.generation);
     let peek = savefile::peek(&path, Some(&parse_root(&pin)?)).map_err(|error| unusable(dvm, error))?;

@@ -94,10 +94,28 @@ pub struct Caller<'a> {
     pub stderr: BorrowedFd<'a>,
 }
 
+/// What else wants attention while a command runs: a domain's own events, or word from whoever keeps the domain.
+pub trait Attended {
+    /// Readable when [`Attended::attend`] has something to do.
+    fn events(&self) -> BorrowedFd<'_>;
+    /// Does it. An error means that the clone cannot go on.
+    fn attend(&mut self) -> Result<(), HostError>;
+}
+
+impl Attended for Box<dyn Domain> {
+    fn events(&self) -> BorrowedFd<'_> {
+        (**self).events()
+    }
+
+    fn attend(&mut self) -> Result<(), HostError> {
+        self.serve()
+    }
+}
+
 /// Carries a command's streams until it ends. The command has been sent already.
 pub fn run(
     link: &mut AgentLink,
-    domain: &mut dyn Domain,
+    domain: &mut dyn Attended,
     caller: &Caller<'_>,
     signals: &mut Signals,
     timeline: &mut Timeline,
@@ -118,7 +136,7 @@ pub fn run(
             }
         }
         if ready.domain {
-            domain.serve()?;
+            domain.attend()?;
         }
         if ready.stdin {
             pump.stdin.read(caller.stdin, link)?;
@@ -182,7 +200,7 @@ impl Pump {
     fn wait(
         &self,
         link: &AgentLink,
-        domain: &dyn Domain,
+        domain: &dyn Attended,
         caller: &Caller<'_>,
         signals: &Signals,
     ) -> Result<Ready, SessionError> {

@@ -7,7 +7,7 @@
 //!   only in memory.
 //! - Bases and hot images are opened read-only and cannot be opened for writing by the domain's processes.
 //!
-//! `Host` and `Domain` have ten required functions between them; a simulator or another hypervisor implements all of
+//! `Host` and `Domain` have eleven required functions between them; a simulator or another hypervisor implements all of
 //! them for real, there are no defaults that lie.
 
 use std::fs::File;
@@ -82,6 +82,8 @@ pub struct Confinement {
     pub volume_memory_max: ByteCount,
     /// The folder on whose file system a spill is made (an unlinked, encrypted file).
     pub spill_dir: PathBuf,
+    /// Whether it starts below foreground priority, until it is paused: a spare, which nobody waits for.
+    pub background: bool,
 }
 
 /// A two-way byte channel to the agent in the guest, not blocking. Its descriptor is readable when there may be
@@ -181,8 +183,8 @@ pub trait Host: StackDelta {
         confinement: &Confinement,
     ) -> Result<Box<dyn Domain>, HostError>;
 
-    /// Starts restoring a clone: copy-on-write memory and overlays over `image`. [`Domain::wait_running`] tells when
-    /// its CPUs run.
+    /// Starts restoring a clone: copy-on-write memory and overlays over `image`. [`Domain::run`] tells when its CPUs
+    /// run.
     fn restore(
         &self,
         spec: &GuestSpec,
@@ -196,8 +198,12 @@ pub trait Domain: Send {
     /// The channel to its agent. Called once.
     fn agent(&mut self) -> Result<Box<dyn AgentPipe>, HostError>;
 
-    /// Returns when the guest's CPUs run.
-    fn wait_running(&mut self) -> Result<(), HostError>;
+    /// Returns when the guest's CPUs run: those of a restored guest once its state is loaded, those of a paused one now.
+    fn run(&mut self) -> Result<(), HostError>;
+
+    /// Stops the guest's CPUs until [`Domain::run`]. A guest that was started in the background
+    /// ([`Confinement::background`]) has the caller's own priority from here on.
+    fn pause(&mut self) -> Result<(), HostError>;
 
     /// Takes back the guest's free memory, of which the agent says there are `free` bytes, so that it reads as zero.
     fn reclaim_free_memory(&mut self, free: ByteCount) -> Result<(), HostError>;

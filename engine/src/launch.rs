@@ -47,7 +47,7 @@ pub fn restore<A: Agent>(
     let mut domain = host.restore(spec, image, confinement)?;
     timeline.mark("spawned");
     let mut agent = connect(domain.agent()?);
-    domain.wait_running()?;
+    domain.run()?;
     timeline.mark("restored");
     become_somebody(&mut agent, identity, timeline)?;
     Ok(Clone { domain, agent })

@@ -58,6 +58,8 @@ pub struct QemuDomain {
     pub(crate) version: (u32, u32),
     /// Whether its CPUs run already (a boot), or start when a state has been loaded.
     pub(crate) running: bool,
+    /// Whether its CPUs have been stopped since.
+    pub(crate) paused: bool,
 }
 
 impl Domain for QemuDomain {
@@ -70,13 +72,26 @@ impl Domain for QemuDomain {
         Ok(Box::new(socket))
     }
 
-    fn wait_running(&mut self) -> Result<(), HostError> {
+    fn run(&mut self) -> Result<(), HostError> {
+        if self.paused {
+            // Not waited for: what the guest does next tells that it runs.
+            self.qmp.post("cont", json!({})).map_err(|error| self.explain("continue the clone", error))?;
+            self.paused = false;
+            return Ok(());
+        }
         let step = "restore the clone";
         while !self.running {
             let event = self.qmp.next_event(RESTORE_LIMIT).map_err(|error| self.explain(step, error))?;
             self.running = event.name == "RESUME";
         }
         Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), HostError> {
+        let step = "pause the clone";
+        self.execute(step, "stop", json!({}))?;
+        self.paused = true;
+        self.process.to_foreground().map_err(HostError::io(step))
     }
 
     fn reclaim_free_memory(&mut self, free: ByteCount) -> Result<(), HostError> {

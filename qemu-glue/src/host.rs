@@ -184,6 +184,7 @@ impl QemuHost {
             accel: self.qemu.accel,
             inherit,
             slot: confinement.slot,
+            background: confinement.background,
             keep_ipc_lock: lock_on_fault && swap::has_ipc_lock(),
             catch_memory_open: (memory == Memory::PrivateCaught).then_some(files.memory),
         })
@@ -199,6 +200,7 @@ impl QemuHost {
             confinement: confinement.clone(),
             version: self.qemu.number(),
             running: false,
+            paused: false,
         })
     }
 }

@@ -21,6 +21,7 @@ use landlock::{
     AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, ABI,
 };
 use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
+use rustix::process::Pid;
 
 use crate::probe::Accel;
 use crate::sys::{self, ChildPlan};
@@ -49,6 +50,8 @@ pub struct Launch<'a> {
     pub inherit: Vec<RawFd>,
     /// Whose uid it gets when we are root.
     pub slot: u32,
+    /// Whether it starts below foreground priority, until [`Process::to_foreground`].
+    pub background: bool,
     /// Whether it locks memory by root's right.
     pub keep_ipc_lock: bool,
     /// The memory image to answer with when QEMU opens it for writing ([`crate::plan::Memory::PrivateCaught`]).
@@ -59,6 +62,7 @@ pub struct Launch<'a> {
 pub struct Process {
     child: Child,
     stderr: File,
+    background: bool,
     ended: bool,
 }
 
@@ -82,16 +86,19 @@ impl Process {
                 (Some(OwnedFd::from(theirs)), Some((ours, file)))
             }
         };
+        // Who is not root may lower a priority and never raise it again: then a spare starts like any other clone.
+        let background = launch.background && nix::unistd::geteuid().is_root();
         let plan = ChildPlan {
             inherit: launch.inherit,
             become_user: own_user(launch.slot, launch.accel),
             landlock: forbid_writing()?,
             catch_open,
+            background,
             keep_ipc_lock: launch.keep_ipc_lock,
         };
         sys::plan_child(&mut command, plan);
         let child = command.spawn()?;
-        let mut process = Process { child, stderr, ended: false };
+        let mut process = Process { child, stderr, background, ended: false };
         if let Some((socket, file)) = caught {
             let listener = sys::receive_listener(socket.as_fd())?;
             if let Err(error) = sys::answer_open(listener, file, OPEN_LIMIT) {
@@ -102,6 +109,15 @@ impl Process {
             }
         }
         Ok(process)
+    }
+
+    /// Ends the time in the background.
+    pub fn to_foreground(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.background) {
+            // QEMU is alone in a process group of its own; the group's priority is that of all its threads.
+            rustix::process::setpriority_pgrp(Pid::from_child(&self.child).into(), 0)?;
+        }
+        Ok(())
     }
 
     /// What it said on stderr, with a leading `: `, or nothing. Ends it first.

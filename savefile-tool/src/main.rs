@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use control_plane::cli::{fail, settings, Common};
+use control_plane::cli::{fail, machine, Common};
 use control_plane::error::{Kind, Result};
 use control_plane::inputs::Guest;
-use control_plane::machine;
+use control_plane::machine::Machine;
 use control_plane::qube::Qube;
 use control_plane::savefiles::{self, Prerun, Standing};
 use control_plane::state::State;
@@ -108,7 +108,7 @@ fn run(options: Options) -> Result<ExitCode> {
         Command::List { json } => list(&state, json)?,
         Command::Status { dvm, json } => return status(&state, &dvm, json),
         Command::Info { dvm, json } => {
-            let description = savefiles::describe(&state, &settings()?, &dvm)?;
+            let description = savefiles::describe(&state, &machine()?, &dvm)?;
             report::print_info(&description, json);
         }
         Command::Verify { dvm, json } => {
@@ -130,7 +130,7 @@ fn build(state: &State, dvm: &str, prerun: Option<PathBuf>, json: bool, backgrou
         Some(path) => Prerun::File(path),
     };
     let mut watch = progress::BuildWatch::new();
-    let built = savefiles::build(state, &settings()?, dvm, &prerun, !background, &mut watch)?;
+    let built = savefiles::build(state, &machine()?, dvm, &prerun, !background, &mut watch)?;
     watch.finish();
     if let Some(built) = built {
         report::print_built(dvm, &built, json);
@@ -164,6 +164,6 @@ fn status(state: &State, dvm: &str, json: bool) -> Result<ExitCode> {
 
 fn standing(state: &State, dvm: &str) -> Result<Standing> {
     let guest = Guest::load(state, dvm)?;
-    let host = machine::host(state, &settings()?, &guest.spec.kernel)?;
+    let host = machine()?.host(state, &guest.spec.kernel)?;
     savefiles::standing(state, &guest, &*host)
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use control_plane::cli::{fail, settings, Common};
+use control_plane::cli::{fail, machine, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
 use control_plane::qube;
@@ -75,7 +75,7 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
     let dvm = options.dvm.clone().map_or_else(|| qube::default_dvm(&state), Ok)?;
     let exec = exec(options)?;
     let say = |text: &str| eprintln!("dispvm-launch: {text}");
-    launcher::run(&state, &settings()?, Request { dvm, exec, start, rebuild: !options.no_rebuild }, &say)
+    launcher::run(&state, &machine()?, Request { dvm, exec, start, rebuild: !options.no_rebuild }, &say)
 }
 
 fn exec(options: &Options) -> Result<Exec> {
