@@ -24,6 +24,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 /// Three orders of magnitude above the usual.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(30);
 
+/// As long as a command of no length may take in a guest that is emulated on a busy machine.
+const EXERCISE_LIMIT: Duration = Duration::from_secs(60);
+
 /// Frames that may come before an answer: a whole window of each stream in the smallest pieces a program writes is less.
 const OTHERS_MAX: usize = 4096;
 
@@ -226,6 +229,24 @@ impl Agent for AgentLink {
 
     fn thaw(&mut self) -> Result<(), AgentError> {
         // Sent along with the identity; that it happened is read with the command's own frames.
+        Ok(())
+    }
+
+    fn exercise(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        let step = "exercise the spare";
+        self.command = Some(Exec::user(["sh", "-c", "cat; exec echo ready"]));
+        self.identify(identity)?;
+        self.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
+        let deadline = Instant::now() + EXERCISE_LIMIT;
+        let (mut exited, mut thawed) = (false, false);
+        while !(exited && thawed) {
+            match self.wait_frame(step, deadline, EXERCISE_LIMIT)? {
+                GuestFrame::Exited { .. } => exited = true,
+                GuestFrame::Done(Op::Thaw) => thawed = true,
+                GuestFrame::Failed { failed, .. } => return Err(failure(step, &failed)),
+                _ => {}
+            }
+        }
         Ok(())
     }
 }

@@ -55,6 +55,16 @@ pub fn machine() -> Result<ThisMachine> {
     })
 }
 
+/// Has the log written to standard error: warnings, and with DISPVM_LOG=info or debug more.
+pub fn start_log() {
+    let level = match std::env::var("DISPVM_LOG").as_deref() {
+        Ok("debug") => tracing::Level::DEBUG,
+        Ok("info") => tracing::Level::INFO,
+        _ => tracing::Level::WARN,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
+}
+
 /// Prints an error, once, and answers the status.
 pub fn fail(program: &str, error: &Error, status: u8) -> ExitCode {
     eprintln!("{program}: {}", error_text(error));

@@ -2,11 +2,12 @@
 //!
 //! Rooms: [`state`] (the state folder), [`qube`] (records), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
 //! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`savefiles`] (build, list, verify, rm, gc),
-//! [`launcher`] (a launch from request to exit status), [`cli`] (what the binaries share), [`error`].
+//! [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`cli`] (what the binaries share), [`error`].
 
 pub mod agent_link;
 pub mod cli;
 pub mod clones;
+pub mod daemon;
 pub mod error;
 pub mod inputs;
 pub mod launcher;

@@ -75,6 +75,9 @@ pub struct Dvm {
     pub private_id: String,
     /// Size of the volatile volume in MiB.
     pub volatile_mib: u64,
+    /// How many clones `dispvmd` keeps ready; without it, as many as the daemon was told.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub spares: Option<u32>,
     /// The savefile in use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub savefile: Option<SavefilePin>,
@@ -229,6 +232,7 @@ pub(crate) mod tests {
                 private_generation: 1,
                 private_id: "x".into(),
                 volatile_mib: 1024,
+                spares: None,
                 savefile: None,
             }),
         }

@@ -8,7 +8,9 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use engine::build::{self, BuildError, Order, Watch};
@@ -18,7 +20,7 @@ use engine::savefile::{self, Manifest, ReadBackend, RootHash, Savefile};
 use engine::timeline::Timeline;
 
 use crate::agent_link::AgentLink;
-use crate::clones::{self, Lease};
+use crate::clones::{self, Keeping, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
 use crate::machine::{self, Machine};
@@ -42,6 +44,19 @@ pub enum Readiness {
         /// Why.
         reason: String,
     },
+}
+
+/// The savefile that serves launches.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// Its generation.
+    pub generation: u64,
+    /// Its root hash.
+    pub root: RootHash,
+    /// The same, as text.
+    pub root_hash: String,
+    /// The hash of what it was built from.
+    pub inputs: String,
 }
 
 /// How a template's savefile stands.
@@ -112,7 +127,7 @@ pub fn build(
     let lock_path = folder.join("build.lock");
     let _lock = match wait {
         true => state::lock(&lock_path)?,
-        false => match state::try_lock(&lock_path)? {
+        false => match state::try_lock_patiently(&lock_path)? {
             Some(lock) => lock,
             None => return Ok(None),
         },
@@ -128,7 +143,8 @@ pub fn build(
     let expected = guest.manifest(host.facts());
     let pinned_inputs = inputs::hash(&expected)?;
     let path = state.savefile(dvm, generation);
-    let lease = Lease::take(state, dvm, "", (guest.dvm.template.clone(), guest.template.generation))?;
+    let template = (guest.dvm.template.clone(), guest.template.generation);
+    let lease = Lease::take(state, dvm, "", template, Keeping::Launcher)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
     machine::check_memory(machine, &guest.spec, &confinement)?;
@@ -213,42 +229,81 @@ fn generations(folder: &Path) -> Result<Vec<u64>> {
         .collect())
 }
 
-/// The admitted files of the template's savefile, admitted now if they are not yet.
-pub fn ready(state: &State, guest: &Guest, host: &dyn Host) -> Result<Readiness> {
+/// The savefile that serves launches of the template, or, in words, why none does. Reads the record, and the header of the file.
+pub fn serving(
+    state: &State,
+    guest: &Guest,
+    host: &dyn Host,
+) -> Result<std::result::Result<Serving, String>> {
     let name = &guest.dvm_name;
-    let Some(pin) = &guest.dvm.savefile else {
-        return Ok(Readiness::Not { reason: format!("{name} has no savefile") });
-    };
+    let Some(pin) = &guest.dvm.savefile else { return Ok(Err(format!("{name} has no savefile"))) };
+    let path = state.savefile(name, pin.generation);
     let expected = guest.manifest(host.facts());
     if inputs::hash(&expected)? != pin.inputs {
-        let path = state.savefile(name, pin.generation);
         let what = match savefile::peek(&path, None) {
             Ok(peek) => inputs::differences(&expected, &peek.manifest).join("; "),
             Err(_) => "its inputs have changed".to_owned(),
         };
-        return Ok(Readiness::Not { reason: format!("the savefile of {name} is stale ({what})") });
+        return Ok(Err(format!("the savefile of {name} is stale ({what})")));
     }
     let root = parse_root(pin)?;
-    let found = match HotImage::find(&state.hot(), &root) {
-        Ok(Some(found)) => Ok(found),
-        Ok(None) => {
-            let path = state.savefile(name, pin.generation);
-            HotImage::admit(&path, &root, &state.hot(), host, ReadBackend::Ring, &savefile::silent)
-        }
-        Err(error) => Err(error),
-    };
-    match found {
-        Ok(image) => Ok(Readiness::Ready {
-            generation: pin.generation,
-            root_hash: pin.root_hash.clone(),
-            files: image.files,
-        }),
-        Err(error) => {
-            let error = Error::new(Kind::Unusable, "").because(error);
-            let reason = crate::output::error_text(&error);
-            Ok(Readiness::Not { reason: format!("the savefile of {name} cannot be used{reason}") })
-        }
+    // Also where its hot image is admitted already: a file that was replaced shall not go unnoticed until the next boot.
+    if let Err(error) = savefile::check_root(&path, &root) {
+        return Ok(Err(unusable_text(name, error)));
     }
+    let (root_hash, inputs) = (pin.root_hash.clone(), pin.inputs.clone());
+    Ok(Ok(Serving { generation: pin.generation, root, root_hash, inputs }))
+}
+
+/// The admitted files of the template's savefile, admitted now if they are not yet.
+pub fn ready(state: &State, guest: &Guest, host: &dyn Host) -> Result<Readiness> {
+    let serving = match serving(state, guest, host)? {
+        Ok(serving) => serving,
+        Err(reason) => return Ok(Readiness::Not { reason }),
+    };
+    let found = match HotImage::find(&state.hot(), &serving.root) {
+        Ok(None) => {
+            let path = state.savefile(&guest.dvm_name, serving.generation);
+            let silent = &savefile::silent;
+            HotImage::admit(&path, &serving.root, &state.hot(), host, ReadBackend::Ring, silent).map(Some)
+        }
+        found => found,
+    };
+    Ok(match found {
+        Ok(Some(HotImage { files, .. })) => {
+            Readiness::Ready { generation: serving.generation, root_hash: serving.root_hash, files }
+        }
+        Ok(None) => Readiness::Not { reason: format!("the savefile of {} is gone", guest.dvm_name) },
+        Err(error) => Readiness::Not { reason: unusable_text(&guest.dvm_name, error) },
+    })
+}
+
+fn unusable_text(name: &str, error: savefile::Error) -> String {
+    let error = Error::new(Kind::Unusable, format!("the savefile of {name} cannot be used")).because(error);
+    crate::output::error_text(&error)
+}
+
+/// Whether somebody is building a savefile of `dvm`.
+pub fn is_building(state: &State, dvm: &str) -> bool {
+    let path = state.savefiles(dvm).join("build.lock");
+    path.exists() && matches!(state::is_locked(&path), Ok(true))
+}
+
+/// Starts `dispvm-savefile build` in a session of its own, at low priority: it outlives us and our terminal. It ends by
+/// itself when another build of the same template is under way.
+pub fn start_rebuild(state: &State, dvm: &str) -> io::Result<Child> {
+    let program = std::env::current_exe()?.with_file_name("dispvm-savefile");
+    let mut command = Command::new("setsid");
+    command.args(["nice", "-n", "10"]).arg(program).arg("--root").arg(state.root());
+    command.args(["build", "--background"]).arg(dvm);
+    fs::create_dir_all(state.savefiles(dvm))?;
+    let log = fs::File::create(rebuild_log(state, dvm))?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()
+}
+
+/// What the last rebuild had to say.
+pub fn rebuild_log(state: &State, dvm: &str) -> PathBuf {
+    state.savefiles(dvm).join("build.log")
 }
 
 /// How the savefile of `dvm` stands, by its header and manifest.

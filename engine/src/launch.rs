@@ -71,7 +71,8 @@ pub fn cold<A: Agent>(
     Ok(Clone { domain, agent })
 }
 
-fn become_somebody(
+/// Gives a clone its identity, and lets it go on.
+pub fn become_somebody(
     agent: &mut impl Agent,
     identity: &Identity,
     timeline: &mut Timeline,

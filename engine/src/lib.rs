@@ -13,5 +13,6 @@ pub mod image;
 pub mod launch;
 pub mod ring;
 pub mod savefile;
+pub mod spare;
 pub mod timeline;
 pub mod units;

@@ -67,6 +67,9 @@ enum Command {
         /// Size of the volatile volume in MiB
         #[arg(long, value_name = "MIB", default_value_t = 1024)]
         volatile_size: u64,
+        /// How many clones dispvmd keeps ready [default: as many as it was told]
+        #[arg(long, value_name = "N")]
+        spares: Option<u32>,
     },
     /// List qubes
     List,
@@ -96,7 +99,17 @@ fn run(options: Options) -> Result<()> {
             let generation = templates::add_template(&state, &name, &label, &files)?;
             println!("{name}: generation {generation}");
         }
-        Command::AddDvm { name, template, label, memory, vcpus, net, private_size, volatile_size } => {
+        Command::AddDvm {
+            name,
+            template,
+            label,
+            memory,
+            vcpus,
+            net,
+            private_size,
+            volatile_size,
+            spares,
+        } => {
             let dvm = Dvm {
                 template,
                 template_for_dispvms: true,
@@ -107,6 +120,7 @@ fn run(options: Options) -> Result<()> {
                 private_generation: 1,
                 private_id: String::new(),
                 volatile_mib: volatile_size,
+                spares: spares,
                 savefile: None,
             };
             templates::add_dvm(&state, &name, &label, dvm)?;
