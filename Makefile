@@ -1,5 +1,5 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test bench bench-short lint setup build guests help
+.PHONY: demo test soak bench bench-short lint setup build guests help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
@@ -7,6 +7,7 @@ CARGO ?= cargo
 help:
 	@echo 'make demo   a real Debian guest, captured and relaunched as disposables'
 	@echo 'make test   all tests'
+	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
 	@echo 'make bench  benches; make bench-short for their short mode'
 	@echo 'make lint   clippy with warnings denied, rustfmt'
 
@@ -26,11 +27,16 @@ demo: build
 test: guests
 	@tools/without-swap.sh $(CARGO) test --release --workspace
 
+soak: guests
+	@tools/without-swap.sh $(CARGO) run --release -q -p fixtures --bin soak -- 1000
+
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --full
 
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --short
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

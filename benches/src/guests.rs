@@ -111,6 +111,14 @@ impl Bench {
         peer
     }
 
+    /// The hand-driven peer as a spare: says a line when it is ready, and goes on when it gets one.
+    pub fn spare_by_hand(&self, subject: &Subject, command: &[&str]) -> Command {
+        let with_option = self.by_hand(subject, false, command);
+        let mut peer = Command::new(with_option.get_program());
+        peer.arg("--spare").args(with_option.get_args()).stdin(Stdio::piped()).stderr(Stdio::null());
+        peer
+    }
+
     /// An empty overlay of a volume of `size` bytes, made once by qemu-glue's own writer.
     fn prepared_overlay(&self, size: u64) -> PathBuf {
         let path = self.root.join(format!("prepared-{size}.qcow2"));

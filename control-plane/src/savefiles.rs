@@ -283,6 +283,30 @@ fn unusable_text(name: &str, error: savefile::Error) -> String {
     crate::output::error_text(&error)
 }
 
+/// How the rebuilding of a savefile stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rebuild {
+    /// Somebody is at it.
+    UnderWay,
+    /// The last one in the background failed: its last words, and where the others are.
+    Failed(String, PathBuf),
+    /// Nothing to tell.
+    Quiet,
+}
+
+/// How the rebuilding of the savefile of `dvm` stands.
+pub fn rebuild(state: &State, dvm: &str) -> Rebuild {
+    if is_building(state, dvm) {
+        return Rebuild::UnderWay;
+    }
+    let log = rebuild_log(state, dvm);
+    let text = fs::read_to_string(&log).unwrap_or_default();
+    match text.lines().rev().find(|line| !line.trim().is_empty()) {
+        Some(last) => Rebuild::Failed(last.to_owned(), log),
+        None => Rebuild::Quiet,
+    }
+}
+
 /// Whether somebody is building a savefile of `dvm`.
 pub fn is_building(state: &State, dvm: &str) -> bool {
     let path = state.savefiles(dvm).join("build.lock");

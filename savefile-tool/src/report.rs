@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use control_plane::output::bytes_text;
-use control_plane::savefiles::{Built, Collected, Description, Standing};
+use control_plane::savefiles::{Built, Collected, Description, Rebuild, Standing};
 use serde_json::{json, Map, Value};
 
 /// A DVM template in the list.
@@ -100,14 +100,25 @@ pub fn print_verified(dvm: &str, path: &Path, json: bool) {
 }
 
 /// How a savefile stands.
-pub fn print_status(dvm: &str, standing: &Standing, json: bool) {
+pub fn print_status(dvm: &str, standing: &Standing, rebuild: &Rebuild, json: bool) {
     if json {
-        println!("{}", json!({ "name": dvm, "state": state_json(standing) }));
+        let rebuilding = *rebuild == Rebuild::UnderWay;
+        println!("{}", json!({ "name": dvm, "state": state_json(standing), "rebuilding": rebuilding }));
         return;
     }
     println!("{dvm}: {}", state_text(standing));
-    if *standing != Standing::Fresh {
-        println!("Hint: `dispvm-savefile build {dvm}`");
+    if *standing == Standing::Fresh {
+        return;
+    }
+    match rebuild {
+        Rebuild::UnderWay => println!("a new savefile is being built"),
+        Rebuild::Failed(last, log) => {
+            println!(
+                "the last rebuild failed: {last} (see {})\nHint: `dispvm-savefile build {dvm}`",
+                log.display()
+            );
+        }
+        Rebuild::Quiet => println!("Hint: `dispvm-savefile build {dvm}`"),
     }
 }
 

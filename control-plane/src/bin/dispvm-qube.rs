@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use control_plane::cli::{fail, Common};
+use control_plane::daemon;
 use control_plane::error::{Kind, Result};
 use control_plane::output::bytes_text;
 use control_plane::qube::{Class, Dvm, Qube};
@@ -132,6 +133,7 @@ fn run(options: Options) -> Result<()> {
         }
         Command::Rm { name } => templates::remove(&state, &name)?,
     }
+    daemon::client::changed(&state);
     Ok(())
 }
 

@@ -31,6 +31,8 @@ use crate::state::{self, State};
 const HELLO_LIMIT: Duration = Duration::from_secs(2);
 /// More callers at once than this are let go unheard: they launch without us.
 const CALLERS_MAX: usize = 256;
+/// A keeper that is told to end its spare does so within some milliseconds.
+const END_LIMIT: Duration = Duration::from_secs(5);
 /// How often the records are looked at, for those who change them without telling us.
 const SURVEY_EVERY: Duration = Duration::from_secs(2);
 /// A rebuild that failed is tried again after this time, or when the inputs have changed.
@@ -103,6 +105,8 @@ enum Phase {
 struct Child {
     dvm: String,
     what: Work,
+    /// Whether the keeper has had a spare.
+    ready: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -271,6 +275,9 @@ impl Daemon<'_> {
                 let age = Duration::from_millis(now_ms.saturating_sub(spare.ready_ms));
                 let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
                 keeper.phase = Phase::Waiting { spare, agent, lifeline, since };
+                if let Some(child) = self.children.get_mut(&(keeper.pid as i32)) {
+                    child.ready = true;
+                }
                 if let Some(dvm) = self.dvms.get_mut(&keeper.dvm) {
                     dvm.failures = None;
                     dvm.last_failure = None;
@@ -385,7 +392,10 @@ impl Daemon<'_> {
             Ok(child) => {
                 tracing::info!("rebuilding the savefile of {name}");
                 dvm.rebuilt = Some((Instant::now(), inputs));
-                self.children.insert(child.id() as i32, Child { dvm: name.to_owned(), what: Work::Rebuild });
+                self.children.insert(
+                    child.id() as i32,
+                    Child { dvm: name.to_owned(), what: Work::Rebuild, ready: false },
+                );
                 true
             }
             Err(error) => {
@@ -444,18 +454,32 @@ impl Daemon<'_> {
         let _ = keeper.channel.send(&KeeperHears::End, &[]);
     }
 
+    /// Ends all spares, those being made too, and waits until they are gone.
     fn dismiss_spares(&mut self) {
-        for at in (0..self.keepers.len()).rev() {
-            if !matches!(self.keepers[at].phase, Phase::Running(_)) {
-                self.dismiss(at);
+        let mut ending = Vec::new();
+        for keeper in std::mem::take(&mut self.keepers) {
+            if matches!(keeper.phase, Phase::Waiting { .. })
+                && keeper.channel.send(&KeeperHears::End, &[]).is_ok()
+            {
+                ending.push(keeper);
             }
         }
+        // One that is still making a spare does not listen. With it goes its QEMU; it holds nothing else. It is our child and not
+        // waited for yet, so the number is still its own.
+        for (pid, _) in self.children.iter().filter(|(_, child)| child.what == Work::Keeper && !child.ready) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), Signal::SIGKILL);
+            let _ = waitpid(nix::unistd::Pid::from_raw(*pid), None);
+        }
+        for keeper in ending {
+            let _ = keeper.channel.receive_within::<KeeperSays>(END_LIMIT);
+        }
+        let _ = clones::sweep(self.state);
     }
 
     /// One template as the policy sees it, and where its spares are among the keepers.
     fn situation(&mut self, name: &str) -> (Vec<usize>, Situation) {
-        let making_somewhere = !self.making(None).is_empty();
-        let making = self.making(Some(name)).len() as u32;
+        let making_somewhere = self.making(None) > 0;
+        let making = self.making(Some(name));
         let (mut places, mut waiting) = (Vec::new(), Vec::new());
         let serving = self.dvms.get(name).and_then(|dvm| dvm.serving.as_ref()?.as_ref().ok()).cloned();
         for (at, keeper) in self.keepers.iter().enumerate().filter(|(_, keeper)| keeper.dvm == name) {
@@ -485,25 +509,24 @@ impl Daemon<'_> {
         (places, situation)
     }
 
-    /// The keepers that are making a spare, whether they have greeted or not.
-    fn making(&self, name: Option<&str>) -> Vec<u32> {
-        let ours = |dvm: &str| name.is_none_or(|name| name == dvm);
-        let mut pids: Vec<u32> = self
-            .keepers
-            .iter()
-            .filter(|keeper| matches!(keeper.phase, Phase::Making) && ours(&keeper.dvm))
-            .map(|keeper| keeper.pid)
-            .collect();
-        let greeted = |pid: i32| self.keepers.iter().any(|keeper| keeper.pid as i32 == pid);
-        let started =
-            self.children.iter().filter(|(_, child)| child.what == Work::Keeper && ours(&child.dvm));
-        pids.extend(started.filter(|(pid, _)| !greeted(**pid)).map(|(pid, _)| *pid as u32));
-        pids
+    /// How many spares of this template, or of any, are being made.
+    fn making(&self, name: Option<&str>) -> u32 {
+        let wanted = |dvm: &str| name.is_none_or(|name| name == dvm);
+        let ours = self.children.values();
+        let ours = ours.filter(|child| child.what == Work::Keeper && !child.ready && wanted(&child.dvm));
+        // An earlier daemon's keeper may still be at it.
+        let others = self.keepers.iter().filter(|keeper| {
+            let adopted = !self.children.contains_key(&(keeper.pid as i32));
+            adopted && matches!(keeper.phase, Phase::Making) && wanted(&keeper.dvm)
+        });
+        (ours.count() + others.count()) as u32
     }
 
     fn make(&mut self, name: &str) {
         match start_keeper(self.state, name) {
-            Ok(pid) => drop(self.children.insert(pid, Child { dvm: name.to_owned(), what: Work::Keeper })),
+            Ok(pid) => drop(
+                self.children.insert(pid, Child { dvm: name.to_owned(), what: Work::Keeper, ready: false }),
+            ),
             Err(error) => self.note_failure(name, format!("cannot start a keeper: {error}")),
         }
     }
