@@ -1,14 +1,17 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test soak bench bench-short lint setup build guests help
+.PHONY: demo test soak bench bench-short lint setup build guests man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
+PREFIX ?= /usr/local
 
 help:
 	@echo 'make demo   a real Debian guest, captured and relaunched as disposables'
 	@echo 'make test   all tests'
 	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
 	@echo 'make bench  benches; make bench-short for their short mode'
+	@echo 'make man    manual pages and shell completions, into target/share'
+	@echo 'make install  binaries, manual pages and completions, below PREFIX ($(PREFIX))'
 	@echo 'make lint   clippy with warnings denied, rustfmt'
 
 setup:
@@ -37,6 +40,14 @@ bench: guests
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --short
+
+man: build
+	@tools/man.sh target/release target/share
+
+install: man
+	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share
+	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd) $(DESTDIR)$(PREFIX)/bin
+	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

@@ -1,7 +1,11 @@
 //! What the binaries share: where the state is, what the environment says, how an error ends a program.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
 
 use crate::error::{Error, Kind, Result};
 use crate::machine::ThisMachine;
@@ -37,6 +41,38 @@ impl Common {
             .ok_or_else(|| {
                 Error::new(Kind::Usage, "neither HOME nor XDG_DATA_HOME is set").hint("give --root DIR")
             })
+    }
+}
+
+/// `--generate man|bash|zsh|fish`, as the only arguments, has any of our commands write its own manual page or completion, which is
+/// what `make man` does; the program ends there. Otherwise nothing happens.
+pub fn generate_if_asked<P: CommandFactory>() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [option, kind] = &arguments[..] else { return };
+    if option != "--generate" {
+        return;
+    }
+    let mut command = P::command();
+    let name = command.get_name().to_owned();
+    let mut out = Vec::new();
+    let made = match kind.as_str() {
+        "man" => clap_mangen::Man::new(command).render(&mut out),
+        shell => match shell.parse::<Shell>() {
+            Ok(shell) => {
+                clap_complete::generate(shell, &mut command, name, &mut out);
+                Ok(())
+            }
+            Err(_) => {
+                Err(std::io::Error::other(format!("--generate knows man, bash, zsh and fish, not {shell:?}")))
+            }
+        },
+    };
+    match made.and_then(|()| std::io::stdout().write_all(&out)) {
+        Ok(()) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("{}: {error}", P::command().get_name());
+            std::process::exit(2);
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use control_plane::cli::{fail, machine, Common};
+use control_plane::cli::{fail, generate_if_asked, machine, Common};
 use control_plane::daemon::client;
 use control_plane::error::{Kind, Result};
 use control_plane::inputs::Guest;
@@ -88,6 +88,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    generate_if_asked::<Options>();
     let options = Options::parse();
     match run(options) {
         Ok(status) => status,

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use control_plane::cli::{fail, machine, Common};
+use control_plane::cli::{fail, generate_if_asked, machine, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
 use control_plane::qube;
@@ -46,6 +46,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let start = Instant::now();
+    generate_if_asked::<Options>();
     let options = match Options::try_parse() {
         Ok(options) => options,
         Err(error) => {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use control_plane::cli::{fail, Common};
+use control_plane::cli::{fail, generate_if_asked, Common};
 use control_plane::daemon;
 use control_plane::error::{Kind, Result};
 use control_plane::output::bytes_text;
@@ -82,6 +82,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    generate_if_asked::<Options>();
     let options = Options::parse();
     match run(options) {
         Ok(()) => ExitCode::SUCCESS,

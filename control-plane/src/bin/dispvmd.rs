@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use control_plane::cli::{fail, machine, start_log, Common};
+use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
 use control_plane::daemon::protocol::Status;
 use control_plane::daemon::{client, keeper, server};
 use control_plane::error::{Error, Kind, Result};
@@ -47,6 +47,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    generate_if_asked::<Options>();
     let options = Options::parse();
     start_log();
     match run(options) {
