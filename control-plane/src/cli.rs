@@ -56,7 +56,7 @@ pub fn generate_if_asked<P: CommandFactory>() {
     let name = command.get_name().to_owned();
     let mut out = Vec::new();
     let made = match kind.as_str() {
-        "man" => clap_mangen::Man::new(command).render(&mut out),
+        "man" => manual(command, &mut out),
         shell => match shell.parse::<Shell>() {
             Ok(shell) => {
                 clap_complete::generate(shell, &mut command, name, &mut out);
@@ -74,6 +74,26 @@ pub fn generate_if_asked<P: CommandFactory>() {
             std::process::exit(2);
         }
     }
+}
+
+/// One page for a command and its subcommands.
+fn manual(mut command: clap::Command, out: &mut Vec<u8>) -> std::io::Result<()> {
+    command.build();
+    let subcommands: Vec<clap::Command> =
+        command.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap_mangen::Man::new(command).render(out)?;
+    for subcommand in subcommands.into_iter().filter(|command| command.get_name() != "help") {
+        let name = subcommand.get_bin_name().unwrap_or_else(|| subcommand.get_name()).to_owned();
+        let page = clap_mangen::Man::new(subcommand.display_name(&name));
+        writeln!(out, ".SH \"{}\"", name.to_uppercase())?;
+        let mut section = Vec::new();
+        page.render_synopsis_section(&mut section)?;
+        page.render_description_section(&mut section)?;
+        page.render_options_section(&mut section)?;
+        // Its sections become parts of ours.
+        out.extend(String::from_utf8_lossy(&section).replace(".SH ", ".SS ").into_bytes());
+    }
+    Ok(())
 }
 
 /// The machine, as the environment describes it.

@@ -20,7 +20,7 @@ use control_plane::state::State;
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage, 3 the savefile is missing, corrupt or stale.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvm-savefile", version)]
 struct Options {
     #[command(flatten)]
     common: Common,

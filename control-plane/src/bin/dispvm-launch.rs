@@ -20,7 +20,7 @@ use qrexec::Exec;
 /// Exit status: the command's; 125 when the launch failed, 126 when it was refused, 127 when there is no such command or
 /// service in the disposable.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvm-launch", version)]
 struct Options {
     #[command(flatten)]
     common: Common,

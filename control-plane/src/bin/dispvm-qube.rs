@@ -13,7 +13,7 @@ use control_plane::templates::{self, TemplateFiles};
 
 /// Makes, lists and removes TemplateVMs and the DVM templates on them.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvm-qube", version)]
 struct Options {
     #[command(flatten)]
     common: Common,

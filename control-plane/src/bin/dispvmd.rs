@@ -16,7 +16,7 @@ use control_plane::error::{Error, Kind, Result};
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvmd", version)]
 struct Options {
     #[command(flatten)]
     common: Common,
