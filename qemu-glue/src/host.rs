@@ -40,7 +40,7 @@ impl QemuHost {
             kind: "qemu".to_owned(),
             version: qemu.version.clone(),
             machine: MACHINE.to_owned(),
-            cpu_model: qemu.accel.cpu_model().to_owned(),
+            cpu_model: qemu.accel.cpu_description(),
             accel: qemu.accel.name().to_owned(),
         };
         QemuHost { qemu, facts }
@@ -168,7 +168,7 @@ impl QemuHost {
         let arguments = plan::arguments(&Plan {
             spec,
             accel: self.qemu.accel,
-            cpu_model: &self.facts.cpu_model,
+            cpu_model: self.qemu.accel.cpu_model(),
             memory,
             memory_fd: files.memory.as_raw_fd(),
             lock_on_fault,
