@@ -2,8 +2,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use engine::close;
@@ -138,29 +136,12 @@ fn ready_image(
         }
         Readiness::Not { reason } => {
             say(&format!("{reason}; booting cold, a savefile is being built for the next launch"));
-            if let Err(error) = start_rebuild(state, guest) {
+            if let Err(error) = savefiles::start_rebuild(state, &guest.dvm_name) {
                 say(&format!("cannot start the rebuild: {error}"));
             }
             Ok(None)
         }
     }
-}
-
-/// Starts `dispvm-savefile build` in a session of its own, at low priority: it outlives us and our terminal. It ends by
-/// itself when another build of the same template is under way.
-fn start_rebuild(state: &State, guest: &Guest) -> io::Result<()> {
-    let program = std::env::current_exe()?.with_file_name("dispvm-savefile");
-    let mut command = Command::new("setsid");
-    command.args(["nice", "-n", "10"]).arg(program).arg("--root").arg(state.root());
-    command.args(["build", "--background"]).arg(&guest.dvm_name);
-    std::fs::create_dir_all(state.savefiles(&guest.dvm_name))?;
-    let log = std::fs::File::create(rebuild_log(state, guest))?;
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().map(drop)
-}
-
-/// What the last rebuild had to say.
-fn rebuild_log(state: &State, guest: &Guest) -> PathBuf {
-    state.savefiles(&guest.dvm_name).join("build.log")
 }
 
 /// Carries the command's streams until it ends.
