@@ -81,7 +81,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     let lease = Lease::take(state, &name, "", subject.template.clone())?;
     drop(in_use);
     let host = machine.host(state, &subject.spec.kernel)?;
-    let written = subject.copy_kept_volume(state)?;
+    let written = subject.copy_kept_volume(state, &name)?;
     let confinement = machine::confinement(state, machine, lease.number());
     machine::check_memory(machine, &subject.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
@@ -145,13 +145,13 @@ impl Subject {
     }
 
     /// Puts a copy to write to in the place of the volume that is kept.
-    fn copy_kept_volume(&mut self, state: &State) -> Result<File> {
+    fn copy_kept_volume(&mut self, state: &State, name: &str) -> Result<File> {
         let kept = self.spec.volumes.iter().find(|volume| volume.name == self.kept);
         let Some(VolumeSpec { base: Base::Frozen(base), .. }) = kept else {
             return Err(Error::new(Kind::Failed, format!("there is no {} volume to keep", self.kept)));
         };
-        // On the file system of the qubes, where the next generation will have its name.
-        let copy = volume::unnamed_copy(base, &state.qubes())?;
+        // In the qube's folder, on the file system where the next generation will have its name.
+        let copy = volume::unnamed_copy(base, &state.qube(name))?;
         set_base(&mut self.spec, self.kept, Base::Persistent(volume::path_of(&copy)));
         Ok(copy)
     }

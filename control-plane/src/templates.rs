@@ -195,12 +195,12 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
         return Err(Error::new(Kind::Refused, format!("{name} is the template of {}", users.join(", ")))
             .hint(format!("`dispvm-qube rm {}` first", users[0])));
     }
+    let _not_running = qube::hold_running(state, name)?;
     let running: Vec<String> =
         clones::list(state)?.into_iter().filter(|clone| clone.dvm == name).map(|clone| clone.name).collect();
     if !running.is_empty() {
         return Err(Error::new(Kind::Refused, format!("{} made from {name} still run", running.join(", "))));
     }
-    let _not_running = qube::hold_running(state, name)?;
     // Renamed first, so that a removal cut short leaves no half qube under its name.
     let folder = state.qube(&qube.name);
     let aside = state.qubes().join(format!(".{name}{REMOVED}"));

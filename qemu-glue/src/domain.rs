@@ -180,7 +180,11 @@ impl QemuDomain {
             }
         }
         match self.process.wait() {
-            Ok(()) => HostError::PoweredOff { step },
+            Ok(status) if status.success() => HostError::PoweredOff { step },
+            Ok(status) => {
+                let detail = format!(" ({status}){}", self.process.last_words());
+                HostError::Gone { step, detail }
+            }
             Err(source) => HostError::Io { step, source },
         }
     }
