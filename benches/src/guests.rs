@@ -103,7 +103,7 @@ impl Bench {
         for volume in &guest.spec.volumes {
             let prepared = self.prepared_overlay(volume.size.0);
             let delta = if cold { "-".into() } else { hot.join(format!("{}.qcow2", volume.name)) };
-            let base = volume.base.clone().unwrap_or_else(|| "-".into());
+            let base = volume.base.path().map_or("-".into(), Path::to_owned);
             let files = [&prepared, &delta, &base].map(|path| path.display().to_string()).join(",");
             peer.args(["--volume", &format!("{},{files}", volume.name)]);
         }

@@ -37,6 +37,7 @@ pub struct AgentLink {
     inbox: VecDeque<GuestFrame>,
     out: Vec<u8>,
     command: Option<Exec>,
+    hostname: Option<String>,
 }
 
 impl AgentLink {
@@ -48,12 +49,18 @@ impl AgentLink {
             inbox: VecDeque::new(),
             out: Vec::with_capacity(4096),
             command: None,
+            hostname: None,
         }
     }
 
     /// Over a fresh channel, with the command to start as soon as the clone is somebody.
     pub fn with_command(pipe: Box<dyn AgentPipe>, command: Exec) -> AgentLink {
         AgentLink { command: Some(command), ..AgentLink::new(pipe) }
+    }
+
+    /// Has the guest named `hostname`, not after its number.
+    pub fn named(self, hostname: String) -> AgentLink {
+        AgentLink { hostname: Some(hostname), ..self }
     }
 
     /// Queues a frame. [`AgentLink::flush`] sends it.
@@ -219,7 +226,8 @@ impl Agent for AgentLink {
     }
 
     fn identify(&mut self, identity: &Identity) -> Result<(), AgentError> {
-        self.queue(&HostFrame::Identify(Box::new(identity_frame(identity))))?;
+        let hostname = self.hostname.take().unwrap_or_else(|| identity.number.to_string());
+        self.queue(&HostFrame::Identify(Box::new(identity_frame(identity, hostname))))?;
         if let Some(exec) = self.command.take() {
             self.queue(&HostFrame::Exec { stream: COMMAND_STREAM, exec: Box::new(exec) })?;
         }
@@ -251,9 +259,9 @@ impl Agent for AgentLink {
     }
 }
 
-fn identity_frame(identity: &Identity) -> qrexec::Identity {
+fn identity_frame(identity: &Identity, hostname: String) -> qrexec::Identity {
     qrexec::Identity {
-        hostname: identity.number.to_string(),
+        hostname,
         machine_id: identity.machine_id,
         entropy: identity.entropy,
         realtime_ns: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,

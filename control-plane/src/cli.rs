@@ -12,6 +12,9 @@ use crate::machine::ThisMachine;
 use crate::output::error_text;
 use crate::state::State;
 
+/// What runs in a qube when no command is given: a login shell.
+pub const LOGIN_SHELL: [&str; 3] = ["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"];
+
 /// Options every command has.
 #[derive(Debug, clap::Args)]
 pub struct Common {

@@ -5,7 +5,7 @@
 
 use std::str::FromStr;
 
-use engine::host::{GuestSpec, HostFacts, Nic, VolumeSpec};
+use engine::host::{Base, GuestSpec, HostFacts, Nic, VolumeSpec};
 use engine::savefile::{Manifest, VolumeInfo, SCHEMA};
 use engine::units::ByteCount;
 
@@ -125,7 +125,8 @@ fn comparable(manifest: &Manifest) -> Manifest {
     }
 }
 
-fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<GuestSpec> {
+/// The guest with these settings on that template.
+pub(crate) fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<GuestSpec> {
     let files = state.root_generation(&dvm.template, template.generation);
     let mib = |mib: u64| ByteCount(mib << 20);
     if !(64..=1 << 20).contains(&dvm.memory_mib) || !(1..=64).contains(&dvm.vcpus) {
@@ -144,15 +145,15 @@ fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<Gue
         volumes: vec![
             VolumeSpec {
                 name: "root".into(),
-                base: Some(files.join("root.img")),
+                base: Base::Frozen(files.join("root.img")),
                 size: ByteCount(template.root_bytes),
             },
             VolumeSpec {
                 name: "private".into(),
-                base: Some(state.private_image(name, dvm.private_generation)),
+                base: Base::Frozen(state.private_image(name, dvm.private_generation)),
                 size: mib(dvm.private_mib),
             },
-            VolumeSpec { name: "volatile".into(), base: None, size: mib(dvm.volatile_mib) },
+            VolumeSpec { name: "volatile".into(), base: Base::Empty, size: mib(dvm.volatile_mib) },
         ],
         nic: parse_nic(&dvm.net)?,
     })

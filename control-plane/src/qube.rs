@@ -3,9 +3,10 @@
 //! Invariants: a record is written aside and renamed, so it is never half there; a name is a legal Qubes name, so it
 //! is safe as a file name; unknown keys are refused, so that a typing mistake does not go unnoticed.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
@@ -173,6 +174,14 @@ pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> R
         Class::TemplateVM(_) => return Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
     }
     qube.save(state)
+}
+
+/// Takes the lock that a qube's keeper holds while the qube runs itself; refused while it does. Its folder must be there.
+pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
+    state::try_lock(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
+        Error::new(Kind::Refused, format!("{name} is running"))
+            .hint(format!("wait until its `dispvm-qube start {name}` has ended"))
+    })
 }
 
 /// The DVM template to use when none is named: the only one there is.

@@ -4,7 +4,8 @@
 //! - One build per template at a time, under a lock that dies with its builder.
 //! - The record pins a savefile only after the new file has been written, verified and admitted; until then the
 //!   old one serves, if its inputs are still the same.
-//! - A savefile, a hot image and a template's root generation stay while a record pins them or a living clone uses them.
+//! - A savefile, a hot image and a template's root generation stay while a record pins them or a living clone uses them; old
+//!   generations of a private volume, while any clone of its DVM template lives.
 
 use std::collections::HashSet;
 use std::fs;
@@ -394,6 +395,8 @@ pub struct Collected {
     pub hot_images: usize,
     /// Template generations that are neither current nor used.
     pub root_generations: usize,
+    /// Generations of private volumes that are not current, of DVM templates no clone of which lives.
+    pub private_generations: usize,
 }
 
 /// Removes what nothing needs any more: old savefiles, hot images, template generations, dead clones' records.
@@ -414,6 +417,9 @@ pub fn collect(state: &State) -> Result<Collected> {
                 roots.extend(pinned.map(|pin| pin.root_hash.clone()));
                 collected.savefiles +=
                     remove_old_savefiles(state, &qube.name, pinned.map(|pin| pin.generation))?;
+                if living.iter().all(|clone| clone.dvm != qube.name) {
+                    collected.private_generations += remove_old_privates(state, &qube.name)?;
+                }
             }
             Class::TemplateVM(template) => {
                 generations_used.insert((qube.name.clone(), template.generation));
@@ -447,6 +453,23 @@ fn remove_old_savefiles(state: &State, dvm: &str, pinned: Option<u64>) -> Result
         let path = state.savefile(dvm, generation);
         fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         removed += 1;
+    }
+    Ok(removed)
+}
+
+/// All but the current one.
+fn remove_old_privates(state: &State, name: &str) -> Result<usize> {
+    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
+    let Class::AppVM(dvm) = Qube::load(state, name)?.class else { return Ok(0) };
+    let current = state.private_image(name, dvm.private_generation);
+    let folder = state.qube(name).join("private");
+    let mut removed = 0;
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+        let path = entry.map_err(Error::io("list", &folder))?.path();
+        if path != current {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            removed += 1;
+        }
     }
     Ok(removed)
 }

@@ -5,6 +5,7 @@
 //! ROOT/qubes/TEMPLATE/root/GEN/{root.img,vmlinuz,initrd}    immutable, one folder per generation
 //! ROOT/qubes/DVM/private/GEN.img             immutable
 //! ROOT/qubes/DVM/savefile/GEN.savefile       immutable
+//! ROOT/qubes/NAME/start.lock                 held while the qube runs itself (crate::start)
 //! ROOT/hot/HASH/                             admitted savefiles, by root hash
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
 //! ROOT/use.lock                              see State::use_lock

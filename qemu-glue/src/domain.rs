@@ -1,7 +1,7 @@
 //! A living guest under QEMU: its socket pair to the machine protocol, its agent's socket, its overlays.
 //!
-//! Phases: running → captured (gone), or running → destroyed. Everything it writes is in memfds and in QEMU's private
-//! memory until an overlay is full; then [`QemuDomain::serve`] puts an encrypted one on top, whose key was never
+//! Phases: running → captured (gone), or running → destroyed. Everything it writes (but to a volume that is to be kept) is
+//! in memfds and in QEMU's private memory until an overlay is full; then [`QemuDomain::serve`] puts an encrypted one on top, whose key was never
 //! anywhere but in memory.
 
 use std::fs::File;
@@ -139,9 +139,7 @@ impl Domain for QemuDomain {
             match event {
                 None => return Ok(()),
                 Some(event) if event.name == "BLOCK_IO_ERROR" => self.relieve(&event)?,
-                Some(event) if event.name == "SHUTDOWN" => {
-                    return Err(HostError::Gone { step, detail: ": the guest shut itself down".to_owned() });
-                }
+                Some(event) if event.name == "SHUTDOWN" => return Err(self.ending(step, &event)),
                 Some(_) => {}
             }
         }
@@ -160,6 +158,34 @@ impl QemuDomain {
             QmpError::Timeout(limit) => HostError::Timeout { step, limit },
             QmpError::Io(source) => HostError::Io { step, source },
             refused => HostError::Hypervisor { step, message: refused.to_string() },
+        }
+    }
+
+    /// The end that a SHUTDOWN event announces. One that the guest wanted is waited for: what QEMU still has to write is
+    /// written then.
+    fn ending(&mut self, step: &'static str, event: &Event) -> HostError {
+        // qapi/run-state.json, ShutdownCause.
+        match event.data["reason"].as_str() {
+            Some("guest-shutdown") => {}
+            Some("guest-reset") => {
+                return HostError::Gone { step, detail: ": the guest restarted itself".to_owned() }
+            }
+            _ => return HostError::Gone { step, detail: ": the guest came to an end".to_owned() },
+        }
+        loop {
+            match self.qmp.next_event(COMMAND_LIMIT) {
+                Ok(_) => {}
+                Err(QmpError::Closed) => break,
+                Err(error) => return self.explain(step, error),
+            }
+        }
+        match self.process.wait() {
+            Ok(status) if status.success() => HostError::PoweredOff { step },
+            Ok(status) => {
+                let detail = format!(" ({status}){}", self.process.last_words());
+                HostError::Gone { step, detail }
+            }
+            Err(source) => HostError::Io { step, source },
         }
     }
 

@@ -52,10 +52,9 @@ impl Accel {
     /// and a guest captured on one does not run on another.
     pub fn cpu_description(self) -> String {
         match self {
-            Accel::Kvm => format!(
-                "host: {}",
-                processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
-            ),
+            Accel::Kvm => {
+                format!("host: {}", processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()))
+            }
             Accel::Tcg => self.cpu_model().to_owned(),
         }
     }

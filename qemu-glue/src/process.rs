@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use landlock::{
@@ -132,10 +132,10 @@ impl Process {
     }
 
     /// Waits until it has ended by itself.
-    pub fn wait(&mut self) -> io::Result<()> {
-        self.child.wait()?;
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait()?;
         self.ended = true;
-        Ok(())
+        Ok(status)
     }
 
     /// Kills it and waits until it is gone and its memory free.

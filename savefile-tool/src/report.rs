@@ -148,12 +148,16 @@ pub fn print_collected(collected: &Collected, json: bool) {
         println!(
             "{}",
             json!({ "savefiles": collected.savefiles, "hot_images": collected.hot_images,
-                    "root_generations": collected.root_generations })
+                    "root_generations": collected.root_generations,
+                    "private_generations": collected.private_generations })
         );
     } else {
         println!(
-            "removed {} savefiles, {} hot images, {} template generations",
-            collected.savefiles, collected.hot_images, collected.root_generations
+            "removed {} savefiles, {} hot images, {} template generations, {} generations of private volumes",
+            collected.savefiles,
+            collected.hot_images,
+            collected.root_generations,
+            collected.private_generations
         );
     }
 }
