@@ -44,6 +44,12 @@ enum Command {
         /// DVM template
         dvm: String,
     },
+    /// Make the hot image of a savefile (started by dispvmd itself)
+    #[command(hide = true)]
+    Admit {
+        /// DVM template
+        dvm: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -66,6 +72,7 @@ fn run(options: Options) -> Result<()> {
             let age_max = Duration::from_secs(options.spare_age);
             server::run(&state, &machine()?, server::Options { spares: options.spares, age_max })
         }
+        Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
         Some(Command::Keeper { dvm }) => keeper::run(&state, &machine()?, &dvm),
         Some(Command::Status { json }) => {
             let status = client::status(&state).ok_or_else(|| {

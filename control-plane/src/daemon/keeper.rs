@@ -94,6 +94,18 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
     outcome.and(closed.map(drop))
 }
 
+/// Makes the hot image of `dvm`, if it is not there, with what foreground work leaves over.
+pub fn admit(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
+    let _priority = Priority::lower();
+    let _in_use = state::lock_shared(&state.use_lock())?;
+    let guest = Guest::load(state, dvm)?;
+    let host = machine.host(state, &guest.spec.kernel)?;
+    match savefiles::ready(state, &guest, &*host)? {
+        Readiness::Ready { .. } => Ok(()),
+        Readiness::Not { reason } => Err(Error::new(Kind::Unusable, reason)),
+    }
+}
+
 /// As a launch does, but for nobody yet.
 fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentLink>, Spare, Lease)> {
     let in_use = state::lock_shared(&state.use_lock())?;

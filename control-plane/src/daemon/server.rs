@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use engine::image::hot::HotImage;
+use engine::savefile::RootHash;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -113,6 +115,8 @@ struct Child {
 enum Work {
     Keeper,
     Rebuild,
+    /// Making the hot image of a template that has no spares, so that no launch has to.
+    Admit,
 }
 
 /// What we know of a DVM template.
@@ -126,6 +130,8 @@ struct Dvm {
     too_few_since: Option<Instant>,
     failures: Option<(u32, Instant)>,
     last_failure: Option<String>,
+    /// The savefile whose admission we have started, once.
+    admitted: Option<RootHash>,
     /// When the last rebuild was started, and for which inputs.
     rebuilt: Option<(Instant, String)>,
 }
@@ -325,6 +331,7 @@ impl Daemon<'_> {
                     self.note_failure(&child.dvm, "its keeper did not get to say why".to_owned());
                 }
                 Work::Rebuild if failed => tracing::warn!("the rebuild of {} failed", child.dvm),
+                Work::Admit if failed => tracing::warn!("the hot image of {} could not be made", child.dvm),
                 _ => {}
             }
             self.surveyed = None;
@@ -418,7 +425,9 @@ impl Daemon<'_> {
                 self.dismiss(at);
             }
             if decision.make {
-                self.make(name);
+                self.start(name, Work::Keeper);
+            } else if situation.fresh && situation.wanted == 0 && !situation.making_somewhere {
+                self.admit(name);
             }
             again = again.into_iter().chain(decision.again).min();
         }
@@ -466,7 +475,8 @@ impl Daemon<'_> {
         }
         // One that is still making a spare does not listen. With it goes its QEMU; it holds nothing else. It is our child and not
         // waited for yet, so the number is still its own.
-        for (pid, _) in self.children.iter().filter(|(_, child)| child.what == Work::Keeper && !child.ready) {
+        for (pid, _) in self.children.iter().filter(|(_, child)| child.what != Work::Rebuild && !child.ready)
+        {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*pid), Signal::SIGKILL);
             let _ = waitpid(nix::unistd::Pid::from_raw(*pid), None);
         }
@@ -509,11 +519,11 @@ impl Daemon<'_> {
         (places, situation)
     }
 
-    /// How many spares of this template, or of any, are being made.
+    /// How many spares (or hot images) of this template, or of any, are being made.
     fn making(&self, name: Option<&str>) -> u32 {
         let wanted = |dvm: &str| name.is_none_or(|name| name == dvm);
         let ours = self.children.values();
-        let ours = ours.filter(|child| child.what == Work::Keeper && !child.ready && wanted(&child.dvm));
+        let ours = ours.filter(|child| child.what != Work::Rebuild && !child.ready && wanted(&child.dvm));
         // An earlier daemon's keeper may still be at it.
         let others = self.keepers.iter().filter(|keeper| {
             let adopted = !self.children.contains_key(&(keeper.pid as i32));
@@ -522,11 +532,23 @@ impl Daemon<'_> {
         (ours.count() + others.count()) as u32
     }
 
-    fn make(&mut self, name: &str) {
-        match start_keeper(self.state, name) {
-            Ok(pid) => drop(
-                self.children.insert(pid, Child { dvm: name.to_owned(), what: Work::Keeper, ready: false }),
-            ),
+    /// Has the hot image made, if it is not there.
+    fn admit(&mut self, name: &str) {
+        let serving = self.dvms.get(name).and_then(|dvm| dvm.serving.as_ref()?.as_ref().ok());
+        let Some(root) = serving.map(|serving| serving.root) else { return };
+        let tried = self.dvms.get(name).is_some_and(|dvm| dvm.admitted == Some(root));
+        if tried || HotImage::list(&self.state.hot()).is_ok_and(|admitted| admitted.contains(&root)) {
+            return;
+        }
+        if let Some(dvm) = self.dvms.get_mut(name) {
+            dvm.admitted = Some(root);
+        }
+        self.start(name, Work::Admit);
+    }
+
+    fn start(&mut self, name: &str, what: Work) {
+        match start_helper(self.state, name, what) {
+            Ok(pid) => drop(self.children.insert(pid, Child { dvm: name.to_owned(), what, ready: false })),
             Err(error) => self.note_failure(name, format!("cannot start a keeper: {error}")),
         }
     }
@@ -594,11 +616,12 @@ fn call_keepers(state: &State) -> Result<()> {
     Ok(())
 }
 
-/// Starts a keeper in a process group of its own: a terminal's Ctrl-C is for us, not for clones that run.
-fn start_keeper(state: &State, dvm: &str) -> io::Result<i32> {
+/// Starts ourselves for one piece of work, in a process group of its own: a terminal's Ctrl-C is for us, not for clones that run.
+fn start_helper(state: &State, dvm: &str, what: Work) -> io::Result<i32> {
     use std::os::unix::process::CommandExt;
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg("--root").arg(state.root()).args(["keeper", dvm]);
+    let word = if what == Work::Admit { "admit" } else { "keeper" };
+    command.arg("--root").arg(state.root()).args([word, dvm]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
     Ok(command.spawn()?.id() as i32)
 }
