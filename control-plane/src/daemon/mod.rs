@@ -1,7 +1,8 @@
 //! `dispvmd`: keeps spares, so that a launch finds its clone made already.
 //!
 //! Who does what:
-//! - the **daemon** ([`server`]) decides how many spares there shall be ([`policy`], pure) and hands them out;
+//! - the **daemon** ([`server`], which listens; `survey`, what it knows; `upkeep`, what it does by itself) decides how many spares there
+//!   shall be ([`policy`], pure) and hands them out;
 //! - a **keeper** ([`keeper`]), one process per clone the daemon had made, owns the clone: its QEMU, its name, its end;
 //! - a **launcher** ([`client`]) gets from the daemon the clone's agent and a *lifeline* to its keeper, and from there on talks to
 //!   nobody else.
@@ -20,3 +21,5 @@ pub mod keeper;
 pub mod policy;
 pub mod protocol;
 pub mod server;
+mod survey;
+mod upkeep;
