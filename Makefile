@@ -36,6 +36,7 @@ soak: guests
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --full
+	@tools/encode-bench.sh
 
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short

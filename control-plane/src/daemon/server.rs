@@ -221,7 +221,9 @@ impl Daemon<'_> {
     /// Gives the caller a spare, if there is one that is right at this moment.
     fn hand_out(&mut self, caller: &Channel, name: &str) -> io::Result<()> {
         self.survey(name);
-        self.end_unfit(name);
+        if self.dvms.contains_key(name) {
+            self.end_unfit(name);
+        }
         let Some(dvm) = self.dvms.get_mut(name) else {
             return caller.send(&Answer::None { rebuilding: false }, &[]);
         };
