@@ -4,7 +4,8 @@
 //! - Clusters are one guest page (4 KiB): a delta then holds exactly the pages of its page map, and a clone that
 //!   writes 4 KiB copies nothing from the base.
 //! - Files made here carry no backing file name: QEMU is told the chain by node, so no path in a file is ever followed.
-//! - What is read back was written by a QEMU whose guest may be hostile: every offset is checked before it is used.
+//! - What is read back was written by a QEMU whose guest may be hostile: every offset is checked before it is used, and no
+//!   more clusters are read than the file has, so that tables and data cannot be named again and again.
 //!
 //! Layout of a file made here, in clusters: header · refcount table · L1 table · refcount blocks · L2 tables · data.
 
@@ -268,12 +269,20 @@ pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<
     let mut l1 = vec![0u8; (l1_entries * 8) as usize];
     read_at(file, &mut l1, l1_offset, file_bytes)?;
 
+    // Each cluster is used once. Otherwise a file of a few clusters could ask for a volume's size of copies.
+    let mut clusters_left = file_bytes / CLUSTER;
+    let mut use_cluster = || {
+        let left = clusters_left.checked_sub(1);
+        clusters_left = left.ok_or_else(|| invalid("it uses more clusters than it has".to_owned()))?;
+        Ok::<(), io::Error>(())
+    };
     let mut changes = Changes::default();
     let mut l2 = vec![0u8; CLUSTER as usize];
     for (index, entry) in l1.chunks_exact(8).map(|bytes| be64_at(bytes, 0)).enumerate() {
         if entry & OFFSET_MASK == 0 {
             continue;
         }
+        use_cluster()?;
         read_at(file, &mut l2, entry & OFFSET_MASK, file_bytes)?;
         let first = index as u64 * ENTRIES;
         for (nth, entry) in l2.chunks_exact(8).map(|bytes| be64_at(bytes, 0)).enumerate() {
@@ -288,6 +297,7 @@ pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<
                 if !offset.is_multiple_of(CLUSTER) || offset > file_bytes.saturating_sub(CLUSTER) {
                     return Err(invalid(format!("page {page} at {offset:#x}, beyond the file")));
                 }
+                use_cluster()?;
                 changes.data(page, offset, |run| {
                     copy_range(file, run.offset, raw, run.page * CLUSTER, run.pages * CLUSTER)
                 })?;
@@ -471,6 +481,21 @@ mod tests {
             file.write_all_at(&[byte[0] ^ (1 << bit)], at).unwrap();
             let _ = read_changes(&file, ByteCount(600 * CLUSTER), &tempfile::tempfile().unwrap());
         }
+    }
+
+    /// Found by the fuzz target `qcow2`: one table, and one cluster of data, named for the whole volume.
+    #[test]
+    fn a_file_that_names_its_clusters_again_and_again_is_refused() {
+        let (size, file) = (ByteCount(4 * ENTRIES * CLUSTER), tempfile::tempfile().unwrap());
+        write_empty(&file, size).unwrap();
+        let (l1, l2, data) = (2 * CLUSTER, 4 * CLUSTER, 5 * CLUSTER);
+        file.set_len(6 * CLUSTER).unwrap();
+        file.write_all_at(&be64(std::iter::repeat_n(data | COPIED, 3)), l2).unwrap();
+        let read = || read_changes(&file, size, &tempfile::tempfile().unwrap());
+        file.write_all_at(&be64([l2 | COPIED].into_iter()), l1).unwrap();
+        assert_eq!(read().unwrap(), [PageRange::new(0, 3)], "few enough");
+        file.write_all_at(&be64(std::iter::repeat_n(l2 | COPIED, 4)), l1).unwrap();
+        assert!(read().unwrap_err().to_string().contains("more clusters"));
     }
 
     #[test]
