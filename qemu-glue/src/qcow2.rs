@@ -362,7 +362,8 @@ impl Changes {
     }
 }
 
-/// Copies `bytes` bytes through a bounded buffer.
+/// Copies whole clusters through a bounded buffer. Zeros are left out: `to` is empty there, and holes of a long sparse file must
+/// not become memory.
 fn copy_range(
     from: &File,
     mut from_offset: u64,
@@ -376,9 +377,27 @@ fn copy_range(
     while left > 0 {
         let part = &mut buffer[..left.min(BUFFER) as usize];
         from.read_exact_at(part, from_offset)?;
-        to.write_all_at(part, to_offset)?;
+        write_without_zeros(to, part, to_offset)?;
         let count = part.len() as u64;
         (from_offset, to_offset, left) = (from_offset + count, to_offset + count, left - count);
+    }
+    Ok(())
+}
+
+fn write_without_zeros(to: &File, clusters: &[u8], offset: u64) -> io::Result<()> {
+    let is_zero =
+        |cluster: &[u8]| cluster.chunks(64).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0);
+    let mut offset = offset;
+    let mut rest = clusters;
+    while !rest.is_empty() {
+        let mut alike = rest.chunks(CLUSTER as usize);
+        let zero = alike.next().is_none_or(is_zero);
+        let count = 1 + alike.take_while(|cluster| is_zero(cluster) == zero).count();
+        let (run, left) = rest.split_at(rest.len().min(count * CLUSTER as usize));
+        if !zero {
+            to.write_all_at(run, offset)?;
+        }
+        (rest, offset) = (left, offset + run.len() as u64);
     }
     Ok(())
 }
@@ -496,6 +515,27 @@ mod tests {
         assert_eq!(read().unwrap(), [PageRange::new(0, 3)], "few enough");
         file.write_all_at(&be64(std::iter::repeat_n(l2 | COPIED, 4)), l1).unwrap();
         assert!(read().unwrap_err().to_string().contains("more clusters"));
+    }
+
+    #[test]
+    fn holes_that_an_overlay_names_as_data_take_no_memory() {
+        use std::os::unix::fs::MetadataExt;
+        let (size, file, raw) =
+            (ByteCount(ENTRIES * CLUSTER), tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        write_empty(&file, size).unwrap();
+        file.set_len((5 + ENTRIES) * CLUSTER).unwrap();
+        file.write_all_at(&be64([(4 * CLUSTER) | COPIED].into_iter()), 2 * CLUSTER).unwrap();
+        file.write_all_at(&be64((0..ENTRIES).map(|page| ((5 + page) * CLUSTER) | COPIED)), 4 * CLUSTER)
+            .unwrap();
+        file.write_all_at(b"data", (5 + 300) * CLUSTER).unwrap();
+        assert_eq!(read_changes(&file, size, &raw).unwrap(), [PageRange::new(0, ENTRIES)]);
+        let mut found = [0; 4];
+        raw.read_exact_at(&mut found, 300 * CLUSTER).unwrap();
+        assert_eq!(&found, b"data");
+        assert!(
+            raw.metadata().unwrap().blocks() * 512 <= 4 * CLUSTER,
+            "a page, and what the file system needs for it"
+        );
     }
 
     #[test]

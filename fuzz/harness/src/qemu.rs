@@ -51,7 +51,7 @@ pub fn qcow2(mut data: &[u8]) {
     let size = ByteCount((u64::from(u16::from_le_bytes(take(&mut data))) + 1) * PAGE);
     let clusters = u64::from(take::<1>(&mut data)[0]);
     let file = if clusters == 0 { files::with(data) } else { patched(data, size, clusters) };
-    let file_bytes = file.metadata().expect("an open file").len();
+    let file_blocks = file.metadata().expect("an open file").blocks();
     let raw = files::empty();
     let Ok(changes) = read_changes(&file, size, &raw) else { return };
     let mut end = 0;
@@ -62,7 +62,7 @@ pub fn qcow2(mut data: &[u8]) {
     assert!(end * PAGE <= size.0);
     let metadata = raw.metadata().expect("an open file");
     assert_eq!(metadata.len(), size.0);
-    assert!(metadata.blocks() * 512 <= file_bytes, "more data than the overlay has bytes");
+    assert!(metadata.blocks() <= file_blocks, "more data than the overlay holds");
 }
 
 fn patched(mut data: &[u8], size: ByteCount, clusters: u64) -> std::fs::File {

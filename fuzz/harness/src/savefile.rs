@@ -133,7 +133,9 @@ fn check_header(header: &Header) {
         end += section.length.0;
     }
     assert_eq!(end, header.file_len().0);
-    for kind in [SectionKind::Manifest, SectionKind::DeviceState, SectionKind::ChunkTable, SectionKind::ChunkData] {
+    for kind in
+        [SectionKind::Manifest, SectionKind::DeviceState, SectionKind::ChunkTable, SectionKind::ChunkData]
+    {
         assert_eq!(header.of_kind(kind).count(), 1);
     }
 }

@@ -100,9 +100,8 @@ fn seal_chunks(parts: &mut [Part]) {
     let Some(data_at) = parts.iter().position(|part| part.kind == KIND_CHUNK_DATA) else { return };
     let (mut offset, mut data) = (start(parts, data_at), std::mem::take(&mut parts[data_at].bytes));
     let whole = data.clone();
-    let tables = parts
-        .iter_mut()
-        .filter(|part| part.kind == KIND_CHUNK_TABLE && part.flags & flag::AS_IT_IS == 0);
+    let tables =
+        parts.iter_mut().filter(|part| part.kind == KIND_CHUNK_TABLE && part.flags & flag::AS_IT_IS == 0);
     for table in tables {
         let entries = table.bytes.get_mut(TABLE_HEAD..).unwrap_or_default();
         let count = entries.len() / TABLE_ENTRY;

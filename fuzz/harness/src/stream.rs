@@ -83,9 +83,10 @@ fn keep_windows((send, receive): &mut (SendWindow, ReceiveWindow), frame: &Guest
             assert!(send.left() <= WINDOW_MAX as usize);
         }
         GuestFrame::Stdout { bytes, .. } | GuestFrame::Stderr { bytes, .. }
-            if receive.received(bytes.len()).is_ok() => {
-                receive.consumed(bytes.len());
-            }
+            if receive.received(bytes.len()).is_ok() =>
+        {
+            receive.consumed(bytes.len());
+        }
         _ => {}
     }
 }

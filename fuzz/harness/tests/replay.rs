@@ -58,7 +58,8 @@ fn damaged_seeds_do_no_harm() {
             }
             bytes
         });
-        let mut runner = TestRunner::new(Config { cases: 64, failure_persistence: None, ..Config::default() });
+        let mut runner =
+            TestRunner::new(Config { cases: 64, failure_persistence: None, ..Config::default() });
         runner
             .run(&input, |bytes| {
                 (target.run)(&bytes);
@@ -80,7 +81,10 @@ fn every_target_has_its_program_its_entry_and_its_corpus() {
     assert_eq!(in_folder("corpus"), named);
     let manifest = fs::read_to_string(folder().join("Cargo.toml")).unwrap();
     let programs = manifest.lines().filter_map(|line| line.strip_prefix("path = \"fuzz_targets/"));
-    assert_eq!(programs.map(|rest| rest.trim_end_matches(".rs\"").to_owned()).collect::<BTreeSet<_>>(), named);
+    assert_eq!(
+        programs.map(|rest| rest.trim_end_matches(".rs\"").to_owned()).collect::<BTreeSet<_>>(),
+        named
+    );
 }
 
 #[test]

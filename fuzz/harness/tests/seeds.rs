@@ -23,9 +23,11 @@ fn keep(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
 /// Guests whose savefiles have one chunk, none, one that does not compress, and two.
 fn guests() -> Vec<(&'static str, Guest)> {
     let empty = Guest { memory: vec![Page::Hole; 4], changed: vec![], ..Guest::small() };
-    let noise = Guest { memory: vec![Page::Noise(1), Page::Hole], working_set: vec![(0, 1)], ..Guest::small() };
+    let noise =
+        Guest { memory: vec![Page::Noise(1), Page::Hole], working_set: vec![(0, 1)], ..Guest::small() };
     let mut many = Guest::small();
-    many.memory = (0..280).map(|page| if page % 3 == 0 { Page::Fill((page / 3) as u8) } else { Page::Hole }).collect();
+    many.memory =
+        (0..280).map(|page| if page % 3 == 0 { Page::Fill((page / 3) as u8) } else { Page::Hole }).collect();
     many.working_set = vec![(9, 3), (200, 80)];
     vec![("small", Guest::small()), ("empty", empty), ("noise", noise), ("many", many)]
 }
@@ -49,7 +51,11 @@ fn write_savefiles() {
         let table: &ChunkTable = savefile.chunk_table();
         let data = header.the(SectionKind::ChunkData).unwrap();
         let words = [data.offset.0 as u32, data.length.0 as u32];
-        keep("chunk_table", name, [words[0].to_le_bytes().to_vec(), words[1].to_le_bytes().to_vec(), table.to_bytes()].concat());
+        keep(
+            "chunk_table",
+            name,
+            [words[0].to_le_bytes().to_vec(), words[1].to_le_bytes().to_vec(), table.to_bytes()].concat(),
+        );
         for (nth, map) in savefile.page_maps().iter().enumerate() {
             let slots = (table.slots().0 as u32).to_le_bytes().to_vec();
             keep("page_map", &format!("{name}-{nth}"), [slots, map.to_bytes()].concat());
@@ -92,13 +98,25 @@ fn write_streams() {
         frames.iter().for_each(|frame| frame.encode(&mut out));
         out
     };
-    let build = [GuestFrame::Hello(hello.clone()), GuestFrame::FreeMemory(1 << 20), GuestFrame::Done(Op::Settle),
-        GuestFrame::Done(Op::Freeze), GuestFrame::Pong(7)];
-    let launch = [GuestFrame::Done(Op::Identify), GuestFrame::StdinCredit { stream: 1, bytes: 65536 },
-        GuestFrame::Stdout { stream: 1, bytes: b"hello\n".to_vec() }, GuestFrame::Stderr { stream: 1, bytes: vec![0; 40] },
-        GuestFrame::StdinClosed { stream: 1 }, GuestFrame::StdoutEof { stream: 1 }, GuestFrame::StderrEof { stream: 1 },
-        GuestFrame::Exited { stream: 1, exit: Exit::Code(7) }, GuestFrame::Exited { stream: 2, exit: Exit::Signal(9) },
-        GuestFrame::Exited { stream: 3, exit: Exit::NotFound(2) }];
+    let build = [
+        GuestFrame::Hello(hello.clone()),
+        GuestFrame::FreeMemory(1 << 20),
+        GuestFrame::Done(Op::Settle),
+        GuestFrame::Done(Op::Freeze),
+        GuestFrame::Pong(7),
+    ];
+    let launch = [
+        GuestFrame::Done(Op::Identify),
+        GuestFrame::StdinCredit { stream: 1, bytes: 65536 },
+        GuestFrame::Stdout { stream: 1, bytes: b"hello\n".to_vec() },
+        GuestFrame::Stderr { stream: 1, bytes: vec![0; 40] },
+        GuestFrame::StdinClosed { stream: 1 },
+        GuestFrame::StdoutEof { stream: 1 },
+        GuestFrame::StderrEof { stream: 1 },
+        GuestFrame::Exited { stream: 1, exit: Exit::Code(7) },
+        GuestFrame::Exited { stream: 2, exit: Exit::Signal(9) },
+        GuestFrame::Exited { stream: 3, exit: Exit::NotFound(2) },
+    ];
     keep("guest_stream", "build", stream(1, &said(&build)));
     keep("guest_stream", "launch", stream(2, &said(&launch)));
     keep("guest_stream", "failed", stream(3, &said(&[GuestFrame::Failed { stream: 1, failed }])));
@@ -117,20 +135,39 @@ fn write_streams() {
         mac: [2, 0, 0, 0, 0, 1],
         network,
     };
-    let exec = Exec { env: vec![(b"A".to_vec(), b"b".to_vec())], cwd: Some(b"/tmp".to_vec()), user: User::Root,
-        ..Exec::user(["sh", "-c", "exit 7"]) };
+    let exec = Exec {
+        env: vec![(b"A".to_vec(), b"b".to_vec())],
+        cwd: Some(b"/tmp".to_vec()),
+        user: User::Root,
+        ..Exec::user(["sh", "-c", "exit 7"])
+    };
     let asked = |frames: &[HostFrame]| {
         let mut out = Vec::new();
         frames.iter().for_each(|frame| frame.encode(&mut out).unwrap());
         out
     };
-    let build = [HostFrame::Prerun(b"#!/bin/sh\n".to_vec()), HostFrame::Prerun(vec![]), HostFrame::Settle, HostFrame::Warm,
-        HostFrame::Freeze, HostFrame::Ping(7), HostFrame::Shutdown];
-    let launch = [HostFrame::Identify(Box::new(identity(Some(network)))),
-        HostFrame::Exec { stream: 1, exec: Box::new(exec) }, HostFrame::Thaw];
-    let session = [HostFrame::Identify(Box::new(identity(None))), HostFrame::Stdin { stream: 1, bytes: b"abc".to_vec() },
-        HostFrame::StdinEof { stream: 1 }, HostFrame::StdoutCredit { stream: 1, bytes: 65536 },
-        HostFrame::StderrCredit { stream: 1, bytes: 65536 }, HostFrame::Signal { stream: 1, signal: 15 }];
+    let build = [
+        HostFrame::Prerun(b"#!/bin/sh\n".to_vec()),
+        HostFrame::Prerun(vec![]),
+        HostFrame::Settle,
+        HostFrame::Warm,
+        HostFrame::Freeze,
+        HostFrame::Ping(7),
+        HostFrame::Shutdown,
+    ];
+    let launch = [
+        HostFrame::Identify(Box::new(identity(Some(network)))),
+        HostFrame::Exec { stream: 1, exec: Box::new(exec) },
+        HostFrame::Thaw,
+    ];
+    let session = [
+        HostFrame::Identify(Box::new(identity(None))),
+        HostFrame::Stdin { stream: 1, bytes: b"abc".to_vec() },
+        HostFrame::StdinEof { stream: 1 },
+        HostFrame::StdoutCredit { stream: 1, bytes: 65536 },
+        HostFrame::StderrCredit { stream: 1, bytes: 65536 },
+        HostFrame::Signal { stream: 1, signal: 15 },
+    ];
     for (name, frames) in [("build", &build[..]), ("launch", &launch), ("session", &session)] {
         keep("host_stream", name, stream(5, &asked(frames)));
     }
@@ -139,7 +176,10 @@ fn write_streams() {
 #[test]
 #[ignore = "writes the seeds"]
 fn write_records() {
-    keep("qube_record", "template", r#"name = "qube"
+    keep(
+        "qube_record",
+        "template",
+        r#"name = "qube"
 label = "black"
 
 [class.TemplateVM]
@@ -149,8 +189,12 @@ root_bytes = 2147483648
 kernel_hash = "00"
 initrd_hash = "01"
 cmdline = "root=/dev/vda rw quiet"
-"#);
-    keep("qube_record", "dvm", r#"name = "qube"
+"#,
+    );
+    keep(
+        "qube_record",
+        "dvm",
+        r#"name = "qube"
 label = "red"
 
 [class.AppVM]
@@ -168,8 +212,13 @@ volatile_mib = 1024
 generation = 4
 root_hash = "5dcb16151ca4bb04887769f7f709eb89975e00d15dc720b175f66b83cba795fb"
 inputs = "77"
-"#);
-    keep("clone_record", "disp7", r#"{"name":"disp7","dvm":"debian-dvm","root_hash":"","template":["debian-12",1],"pid":4711,"started":1700000000}"#);
+"#,
+    );
+    keep(
+        "clone_record",
+        "disp7",
+        r#"{"name":"disp7","dvm":"debian-dvm","root_hash":"","template":["debian-12",1],"pid":4711,"started":1700000000}"#,
+    );
 }
 
 #[test]
@@ -196,9 +245,7 @@ fn write_qemus() {
     file.read_exact_at(&mut bytes, 0).unwrap();
     let pages = 599u16.to_le_bytes();
     keep("qcow2", "file", [&pages[..], &[0], &bytes].concat());
-    let patch = |place: u64, bytes: &[u8]| {
-        [&place.to_le_bytes()[..3], &[bytes.len() as u8], bytes].concat()
-    };
+    let patch = |place: u64, bytes: &[u8]| [&place.to_le_bytes()[..3], &[bytes.len() as u8], bytes].concat();
     // Header, refcount table, L1 table, refcount block; the L2 table is put behind them, its data behind that.
     let l1 = patch(2 * 4096, &(4 * 4096u64 | 1 << 63).to_be_bytes());
     let data = patch(4 * 4096 + 8 * 5, &(5 * 4096u64 | 1 << 63).to_be_bytes());
