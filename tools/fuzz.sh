@@ -26,7 +26,7 @@ COVERAGE="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-
     -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares"
 # The wrapper that links statically (.cargo/config.toml) is not for these.
 RUSTFLAGS="--cfg fuzzing $(echo $COVERAGE) -Cdebug-assertions -Coverflow-checks" CARGO_BUILD_RUSTC_WORKSPACE_WRAPPER='' \
-    "${CARGO:-cargo}" build --release --locked --manifest-path fuzz/Cargo.toml --target $TRIPLE --target-dir $OUT
+    "${CARGO:-cargo}" build --release --manifest-path fuzz/Cargo.toml --target $TRIPLE --target-dir $OUT
 
 run() {
     local target=$1 seconds=$2 corpus=$OUT/corpus/$1 artifacts=$OUT/artifacts/$1 log=$OUT/$1.log status=0

@@ -186,8 +186,7 @@ fn open_set(dir: PathBuf, root: RootHash, index: File) -> Result<HotImage, Error
     let mut json = Vec::new();
     let step = "read the index of the hot image";
     index.take(INDEX_MAX.0).read_to_end(&mut json).map_err(Error::io(step, &dir))?;
-    let index =
-        HotIndex::parse(&json).map_err(|why| Error::io(step, &dir)(io::Error::other(why)))?;
+    let index = HotIndex::parse(&json).map_err(|why| Error::io(step, &dir)(io::Error::other(why)))?;
     let open = |name: &str| {
         let path = dir.join(name);
         File::open(&path).map_err(Error::io("open the hot image's", &path))
@@ -234,8 +233,12 @@ fn fill(
             }
         }
     }
-    let index =
-        HotIndex { manifest: manifest.clone(), device_state_kind: kind, device_state_version: version, deltas };
+    let index = HotIndex {
+        manifest: manifest.clone(),
+        device_state_kind: kind,
+        device_state_version: version,
+        deltas,
+    };
     let json = index.to_bytes().map_err(|why| Error::io("make the index of", dir)(io::Error::other(why)))?;
     write_new(&dir.join(INDEX), &json)
 }
