@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use engine::image::scan::is_zero;
 use engine::savefile::{Content, PageMap};
 use engine::units::{ByteCount, PageCount, PageIndex, PageRange, PAGE_SIZE};
 
@@ -385,8 +386,6 @@ fn copy_range(
 }
 
 fn write_without_zeros(to: &File, clusters: &[u8], offset: u64) -> io::Result<()> {
-    let is_zero =
-        |cluster: &[u8]| cluster.chunks(64).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0);
     let mut offset = offset;
     let mut rest = clusters;
     while !rest.is_empty() {
