@@ -268,5 +268,11 @@ pub(crate) mod tests {
         let mut qube = dvm("a");
         qube.label = "pink".into();
         assert!(qube.save(&state).is_err());
+        let text = dvm("a").to_text().unwrap();
+        assert!(Qube::parse("a", &text).is_ok());
+        let why = |from: &str, to: &str| Qube::parse("a", &text.replace(from, to)).unwrap_err();
+        assert!(why("\"red\"", "\"pink\"").contains("no label"));
+        assert!(why("\"debian-12\"", "\"../../etc\"").contains("template"));
+        assert!(why("\"a\"", "\"b\"").contains("record of"));
     }
 }
