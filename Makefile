@@ -1,12 +1,15 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test bench bench-short lint setup build guests help
+.PHONY: demo test fuzz bench bench-short lint setup build guests help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
+# Of `make fuzz`, all targets together.
+FUZZ_SECONDS ?= 600
 
 help:
 	@echo 'make demo   a real Debian guest, captured and relaunched as disposables'
-	@echo 'make test   all tests'
+	@echo 'make test   all tests, and every fuzz target for two seconds or more'
+	@echo 'make fuzz   every fuzz target, FUZZ_SECONDS=$(FUZZ_SECONDS) in all'
 	@echo 'make bench  benches; make bench-short for their short mode'
 	@echo 'make lint   clippy with warnings denied, rustfmt'
 
@@ -25,6 +28,10 @@ demo: build
 
 test: guests
 	@tools/without-swap.sh $(CARGO) test --release --workspace
+	@tools/fuzz.sh all 24
+
+fuzz: setup
+	@tools/fuzz.sh all $(FUZZ_SECONDS)
 
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full

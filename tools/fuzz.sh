@@ -1,5 +1,6 @@
 #!/bin/bash
-# Builds the fuzz targets and runs them: tools/fuzz.sh TARGET|all SECONDS, the seconds being those of all targets together.
+# Builds the fuzz targets and runs them: tools/fuzz.sh TARGET|all SECONDS, the seconds being what all targets take
+# together.
 #
 # It needs no nightly compiler and no cargo-fuzz: the coverage that libFuzzer steers by comes from a pass which the stable
 # compiler has. The flags go to the target's crates only, not to build scripts and macros, as --target is given.
@@ -43,9 +44,8 @@ run() {
         END { printf "%-16s %9d runs, %5d edges\n", target, runs, cov }' "$log"
 }
 
-seconds=$(($2 * AT_A_TIME / ${#targets[@]}))
-((seconds)) || seconds=1
-((${#targets[@]} > 1)) || seconds=$2
+seconds=$2
+((${#targets[@]} == 1)) || seconds=$((($2 * AT_A_TIME + ${#targets[@]} - 1) / ${#targets[@]}))
 failed=0
 for target in "${targets[@]}"; do
     if (($(jobs -r | wc -l) >= AT_A_TIME)); then wait -n || failed=1; fi
