@@ -36,6 +36,23 @@ fn every_corpus_file_passes_its_target() {
     }
 }
 
+fn damage(bytes: &mut Vec<u8>, at: prop::sample::Index, how: usize, byte: u8) {
+    if bytes.is_empty() {
+        return;
+    }
+    let at = at.index(bytes.len());
+    let piece = |len: u8| at..bytes.len().min(at + usize::from(len));
+    match how {
+        0 => bytes[at] = byte,
+        1 => bytes[at] ^= 1 << (byte & 7),
+        2 => drop(bytes.drain(piece(byte & 15))),
+        _ => {
+            let doubled = bytes[piece(byte & 63)].to_vec();
+            bytes.splice(at..at, doubled);
+        }
+    }
+}
+
 /// A few bytes of a seed changed, taken out or doubled.
 #[test]
 fn damaged_seeds_do_no_harm() {
@@ -43,18 +60,8 @@ fn damaged_seeds_do_no_harm() {
         let seeds: Vec<Vec<u8>> = corpus(target.name).iter().map(|file| fs::read(file).unwrap()).collect();
         let edits = prop::collection::vec((any::<prop::sample::Index>(), 0..4usize, any::<u8>()), 1..6);
         let input = (prop::sample::select(seeds), edits).prop_map(|(mut bytes, edits)| {
-            for (at, how, byte) in edits.into_iter().filter(|_| !bytes.is_empty()).collect::<Vec<_>>() {
-                let at = at.index(bytes.len().max(1)).min(bytes.len().saturating_sub(1));
-                match how {
-                    _ if bytes.is_empty() => {}
-                    0 => bytes[at] = byte,
-                    1 => bytes[at] ^= 1 << (byte & 7),
-                    2 => drop(bytes.drain(at..bytes.len().min(at + usize::from(byte & 15)))),
-                    _ => {
-                        let piece = bytes[at..bytes.len().min(at + usize::from(byte & 63))].to_vec();
-                        bytes.splice(at..at, piece);
-                    }
-                }
+            for (at, how, byte) in edits {
+                damage(&mut bytes, at, how, byte);
             }
             bytes
         });

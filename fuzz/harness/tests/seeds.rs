@@ -14,6 +14,9 @@ use engine::units::ByteCount;
 use fuzz_harness::sealed::{parse, recipe, seal, Part};
 use qrexec::*;
 
+/// qcow2's mark of a cluster with one reference.
+const COPIED: u64 = 1 << 63;
+
 fn keep(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../corpus").join(target);
     fs::create_dir_all(&folder).unwrap();
@@ -247,8 +250,8 @@ fn write_qemus() {
     keep("qcow2", "file", [&pages[..], &[0], &bytes].concat());
     let patch = |place: u64, bytes: &[u8]| [&place.to_le_bytes()[..3], &[bytes.len() as u8], bytes].concat();
     // Header, refcount table, L1 table, refcount block; the L2 table is put behind them, its data behind that.
-    let l1 = patch(2 * 4096, &(4 * 4096u64 | 1 << 63).to_be_bytes());
-    let data = patch(4 * 4096 + 8 * 5, &(5 * 4096u64 | 1 << 63).to_be_bytes());
+    let l1 = patch(2 * 4096, &((4 * 4096u64) | COPIED).to_be_bytes());
+    let data = patch(4 * 4096 + 8 * 5, &((5 * 4096u64) | COPIED).to_be_bytes());
     let zero = patch(4 * 4096 + 8 * 9, &1u64.to_be_bytes());
     let content = patch(5 * 4096, b"what the guest wrote");
     let clusters = [6];
