@@ -66,7 +66,7 @@ fn damaged_seeds_do_no_harm() {
             bytes
         });
         let mut runner =
-            TestRunner::new(Config { cases: 64, failure_persistence: None, ..Config::default() });
+            TestRunner::new(Config { cases: 1000, failure_persistence: None, ..Config::default() });
         runner
             .run(&input, |bytes| {
                 (target.run)(&bytes);
