@@ -1,13 +1,16 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test soak bench bench-short lint setup build guests man install help
+.PHONY: demo test fuzz soak bench bench-short lint setup build guests man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
 PREFIX ?= /usr/local
+# Of `make fuzz`, all targets together.
+FUZZ_SECONDS ?= 600
 
 help:
 	@echo 'make demo   a real Debian guest, captured and relaunched as disposables'
-	@echo 'make test   all tests'
+	@echo 'make test   all tests, and every fuzz target for two seconds or more'
+	@echo 'make fuzz   every fuzz target, FUZZ_SECONDS=$(FUZZ_SECONDS) in all'
 	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
 	@echo 'make bench  benches; make bench-short for their short mode'
 	@echo 'make man    manual pages and shell completions, into target/share'
@@ -29,6 +32,10 @@ demo: build
 
 test: guests
 	@tools/without-swap.sh $(CARGO) test --release --workspace
+	@tools/fuzz.sh all 24
+
+fuzz: setup
+	@tools/fuzz.sh all $(FUZZ_SECONDS)
 
 soak: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p fixtures --bin soak -- 1000

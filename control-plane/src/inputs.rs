@@ -12,6 +12,7 @@ use engine::units::ByteCount;
 use crate::error::{Error, Kind, Result};
 use crate::qube::{Dvm, Qube, Template};
 use crate::state::State;
+use crate::templates::VOLUME_MIB;
 
 /// A DVM template with its TemplateVM, as a guest to build or launch.
 #[derive(Debug, Clone)]
@@ -136,6 +137,15 @@ pub(crate) fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) ->
         )
         .hint("memory_mib is from 64 to 1048576, vcpus from 1 to 64"));
     }
+    if !VOLUME_MIB.contains(&dvm.private_mib) || !VOLUME_MIB.contains(&dvm.volatile_mib) {
+        let volumes = format!("{} MiB and {} MiB", dvm.private_mib, dvm.volatile_mib);
+        return Err(Error::new(Kind::Usage, format!("{name}: private and volatile volumes of {volumes}"))
+            .hint(format!(
+                "private_mib and volatile_mib are from {} to {}",
+                VOLUME_MIB.start(),
+                VOLUME_MIB.end()
+            )));
+    }
     Ok(GuestSpec {
         memory: mib(dvm.memory_mib),
         vcpus: dvm.vcpus,
@@ -169,5 +179,34 @@ pub fn parse_nic(net: &str) -> Result<Nic> {
             _ => Err(Error::new(Kind::Usage, format!("{net:?} is no network"))
                 .hint("net is `none`, `user` or `tap:INTERFACE`")),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes are shifted: one from a record written by hand could lose its upper bits and be a volume of nothing.
+    #[test]
+    fn sizes_outside_the_limits_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let template = Template {
+            generation: 1,
+            root_hash: "ab".into(),
+            root_bytes: 1 << 20,
+            kernel_hash: "00".into(),
+            initrd_hash: "01".into(),
+            cmdline: String::new(),
+        };
+        let good = crate::qube::tests::dvm("debian-dvm").dvm().unwrap().clone();
+        assert!(spec(&state, "debian-dvm", &good, &template).is_ok());
+        for bad in [
+            Dvm { private_mib: 1 << 44, ..good.clone() },
+            Dvm { volatile_mib: 0, ..good.clone() },
+            Dvm { memory_mib: 1 << 44, ..good.clone() },
+        ] {
+            assert_eq!(spec(&state, "debian-dvm", &bad, &template).unwrap_err().kind, Kind::Usage, "{bad:?}");
+        }
     }
 }

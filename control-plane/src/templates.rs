@@ -17,7 +17,7 @@ use crate::volume::{self, copy_immutable, link_immutable, sync_folder};
 /// How the folder of a qube that is being removed ends.
 const REMOVED: &str = ".removed";
 /// The sizes a volume may have, in MiB: room for a file system, and what the hosts' overlays can hold.
-const VOLUME_MIB: std::ops::RangeInclusive<u64> = 32..=4 << 20;
+pub(crate) const VOLUME_MIB: std::ops::RangeInclusive<u64> = 32..=4 << 20;
 
 /// The files of a template's new generation.
 pub struct TemplateFiles<'a> {

@@ -91,7 +91,7 @@ struct SchemaOnly {
 
 impl Manifest {
     /// Reads a manifest section.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, Fault> {
+    pub fn parse(bytes: &[u8]) -> Result<Manifest, Fault> {
         let fault = |err: serde_json::Error| Fault::Manifest { why: err.to_string() };
         let SchemaOnly { schema } = serde_json::from_slice(bytes).map_err(fault)?;
         if schema != SCHEMA {
@@ -101,7 +101,7 @@ impl Manifest {
     }
 
     /// The manifest section's bytes.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, String> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         if self.schema != SCHEMA {
             return Err(format!("the manifest says schema {}, this engine writes {SCHEMA}", self.schema));
         }
