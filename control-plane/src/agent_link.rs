@@ -24,6 +24,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 /// Three orders of magnitude above the usual.
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(30);
 
+/// What the rehearsal of a launch runs: a shell and, through its pipes, a program.
+const REHEARSAL: [&str; 3] = ["sh", "-c", "cat; date"];
+
 /// Frames that may come before an answer: a whole window of each stream in the smallest pieces a program writes is less.
 const OTHERS_MAX: usize = 4096;
 
@@ -226,6 +229,28 @@ impl Agent for AgentLink {
 
     fn thaw(&mut self) -> Result<(), AgentError> {
         // Sent along with the identity; that it happened is read with the command's own frames.
+        Ok(())
+    }
+
+    fn rehearse(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        let step = "run a command in the clone";
+        self.command = Some(Exec::user(REHEARSAL));
+        self.identify(identity)?;
+        self.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
+        let deadline = Instant::now() + IDENTIFY_LIMIT;
+        let (mut exited, mut thawed) = (false, false);
+        while !(exited && thawed) {
+            match self.wait_frame(step, deadline, IDENTIFY_LIMIT)? {
+                GuestFrame::Exited { exit, .. } if exit.status() == 0 => exited = true,
+                GuestFrame::Exited { exit, .. } => {
+                    let message = format!("{REHEARSAL:?} ended with status {}", exit.status());
+                    return Err(AgentError::Failed { step, message });
+                }
+                GuestFrame::Failed { failed, .. } => return Err(failure(step, &failed)),
+                GuestFrame::Done(Op::Thaw) => thawed = true,
+                _ => {}
+            }
+        }
         Ok(())
     }
 }

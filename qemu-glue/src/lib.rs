@@ -14,3 +14,4 @@ pub mod qmp;
 mod spill;
 pub mod swap;
 mod sys;
+mod touched;
