@@ -28,9 +28,11 @@ test: guests
 
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --full
 
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --short
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

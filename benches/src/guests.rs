@@ -1,8 +1,10 @@
 //! The guests the benches measure, in a state folder of their own, with savefiles built when they are not fresh.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use control_plane::inputs::Guest;
 use control_plane::state::State;
@@ -87,10 +89,8 @@ impl Bench {
 
     /// The hand-driven peer's launch of the same, restored or booted cold.
     pub fn by_hand(&self, subject: &Subject, cold: bool, command: &[&str]) -> Command {
-        let state = State::open(&self.root).expect("the state folder");
-        let guest = Guest::load(&state, subject.dvm).expect("the record");
-        let pin = guest.dvm.savefile.as_ref().expect("a savefile");
-        let hot = find_hot(&state.hot(), &pin.root_hash);
+        let guest = self.guest(subject);
+        let hot = self.hot(subject);
         let mut peer = Command::new(self.target.join("release/hand-driven"));
         peer.arg("--qemu").arg(&self.qemu);
         peer.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
@@ -111,6 +111,21 @@ impl Bench {
         peer
     }
 
+    /// The folder of the subject's hot image.
+    pub fn hot(&self, subject: &Subject) -> PathBuf {
+        let guest = self.guest(subject);
+        let pin = guest.dvm.savefile.as_ref().expect("a savefile");
+        find_hot(&self.state().hot(), &pin.root_hash)
+    }
+
+    fn state(&self) -> State {
+        State::open(&self.root).expect("the state folder")
+    }
+
+    fn guest(&self, subject: &Subject) -> Guest {
+        Guest::load(&self.state(), subject.dvm).expect("the record")
+    }
+
     /// An empty overlay of a volume of `size` bytes, made once by qemu-glue's own writer.
     fn prepared_overlay(&self, size: u64) -> PathBuf {
         let path = self.root.join(format!("prepared-{size}.qcow2"));
@@ -120,6 +135,18 @@ impl Bench {
         }
         path
     }
+}
+
+/// Exec to the first byte of the command's output, in ms.
+pub fn first_byte(command: &mut Command) -> f64 {
+    let start = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut byte = [0u8];
+    let read = child.stdout.as_mut().expect("a pipe").read_exact(&mut byte);
+    read.unwrap_or_else(|_| panic!("no byte from {command:?}"));
+    let taken = start.elapsed().as_secs_f64() * 1e3;
+    child.wait().expect("it ends");
+    taken
 }
 
 fn find_hot(hot: &Path, root_hash: &str) -> PathBuf {

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use common::{content, Guest, StackRaw};
 use engine::image::hot::HotImage;
 use engine::savefile::{self, Error, ReadBackend, RootHash};
+use engine::units::PageRange;
 
 struct Sample {
     guest: Guest,
@@ -55,6 +56,21 @@ fn an_admitted_set_is_what_was_captured_and_nobody_writes_to_it() {
     }
     assert_eq!(fs::metadata(&image.dir).unwrap().permissions().mode() & 0o777, 0o700);
     assert_eq!(HotImage::list(&sample.hot).unwrap(), [sample.root]);
+}
+
+/// Pages 0 and 1 hold the same data, 2 zeros, 5 and 9 data; the others are holes (common::Guest::small).
+#[test]
+fn of_the_working_set_what_holds_data_is_to_be_read_ahead() {
+    let mut sample = Sample::new();
+    assert!(sample.admit(&StackRaw::default()).unwrap().files.working_set.is_empty());
+    sample.guest.memory.resize(64, common::Page::Hole);
+    sample.guest.memory[40] = common::Page::Fill(4);
+    sample.guest.working_set = vec![(30, 20), (1, 3), (60, 4), (1 << 40, 7)];
+    sample.root = sample.guest.write(&sample.path).unwrap().root;
+    let image = sample.admit(&StackRaw::default()).unwrap();
+    assert_eq!(image.files.working_set, [PageRange::new(1, 1), PageRange::new(40, 1)]);
+    assert_eq!(image.manifest, sample.guest.manifest());
+    assert!(content(&image.files.memory) == sample.guest.memory_bytes());
 }
 
 #[test]
