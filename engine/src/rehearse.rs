@@ -46,7 +46,7 @@ pub fn rehearse<A: Agent>(
     });
     drop(agent);
     domain.destroy()?;
-    Ok(working_set::recorded(touched, capture.memory_size.pages_covering()))
+    Ok(working_set::bounded(touched, capture.memory_size.pages_covering()))
 }
 
 /// The builder holds the name of its slot's number: no living clone is called so.

@@ -2,7 +2,7 @@
 //!
 //! Only the hot image's files are taken out of the page cache (all of them, before each cold launch): the programs and their
 //! libraries stay in it, as on a machine that has run something else for a while. "Without" is the same hot image with an
-//! index that names no pages to read ahead.
+//! index whose manifest has no working set.
 //!
 //! `--full` adds its lines to benches/results/; `--short` is CI's guard, as of `launch-bench`.
 
@@ -128,9 +128,10 @@ impl Hot {
         let folder = bench.hot(subject);
         let index = fs::read(folder.join("hot.json")).expect("the index");
         let mut said: Value = serde_json::from_slice(&index).expect("JSON");
-        let runs: Vec<(u64, u64)> = serde_json::from_value(said["read_ahead"].clone()).unwrap_or_default();
+        let runs: Vec<(u64, u64)> =
+            serde_json::from_value(said["manifest"]["working_set"].clone()).unwrap_or_default();
         assert!(!runs.is_empty(), "{} has no working set: `dispvm-savefile build` it anew", subject.dvm);
-        said["read_ahead"] = json!([]);
+        said["manifest"]["working_set"] = json!([]);
         Hot { index, without: said.to_string().into_bytes(), runs, folder }
     }
 

@@ -28,7 +28,7 @@ use crate::savefile::{
     is_volume_name, DeviceState, Error, ImageId, ImageOutput, Manifest, OnProgress, PageMap, ReadBackend,
     RootHash, Savefile, VolumeInfo,
 };
-use crate::units::PageRange;
+use crate::units::{ByteCount, PageRange};
 
 const MEMORY: &str = "memory.img";
 const DEVICE_STATE: &str = "device-state";
@@ -74,7 +74,7 @@ pub struct HotFiles {
     pub device_state: File,
     /// Volume name and the file that the host stacks on its base, one per volume that has a delta.
     pub deltas: Vec<(String, File)>,
-    /// The pages of memory worth being read ahead when they are not in the page cache: sorted and disjoint.
+    /// The pages of memory to be read ahead when they are not in the page cache: sorted, disjoint, within memory.
     pub working_set: Vec<PageRange>,
 }
 
@@ -86,9 +86,6 @@ struct Index {
     device_state_version: u32,
     /// Volume name and file name.
     deltas: Vec<(String, String)>,
-    /// As in [`HotFiles::working_set`], `[first page, pages]`; sets admitted by an older engine have none.
-    #[serde(default)]
-    read_ahead: Vec<(u64, u64)>,
 }
 
 impl HotImage {
@@ -182,7 +179,8 @@ fn open_set(dir: PathBuf, root: RootHash, mut index: File) -> Result<HotImage, E
     }
     let deltas = index.deltas.into_iter().map(|(volume, name)| Ok((volume, open(&name)?)));
     let deltas = deltas.collect::<Result<_, Error>>()?;
-    let working_set = index.read_ahead.iter().map(|&(first, count)| PageRange::new(first, count)).collect();
+    let pages = ByteCount(found).pages_covering();
+    let working_set = working_set::bounded(index.manifest.working_set().collect(), pages);
     let files = HotFiles { memory, device_state: open(DEVICE_STATE)?, deltas, working_set };
     let (device_state_kind, device_state_version) = (index.device_state_kind, index.device_state_version);
     Ok(HotImage { root, manifest: index.manifest, device_state_kind, device_state_version, files, dir })
@@ -206,15 +204,10 @@ fn fill(
 
     let DeviceState { kind, version, bytes } = savefile.device_state()?;
     write_new(&dir.join(DEVICE_STATE), &bytes)?;
-    let (mut deltas, mut read_ahead) = (Vec::new(), Vec::new());
+    let mut deltas = Vec::new();
     for (map, raw) in maps.iter().zip(&outputs) {
         match map.image() {
-            ImageId::Memory => {
-                make_read_only(raw, &dir.join(MEMORY))?;
-                let set = manifest.working_set().collect();
-                let runs = working_set::worth_reading(set, map.data_runs().map(|(pages, _)| pages));
-                read_ahead = runs.iter().map(|run| (run.first.0, run.count.0)).collect();
-            }
+            ImageId::Memory => make_read_only(raw, &dir.join(MEMORY))?,
             ImageId::Volume(name) => {
                 let file_name = stack.file_name(name);
                 stack_delta(&dir.join(&file_name), volume_of(savefile, name)?, map, raw, stack)?;
@@ -222,13 +215,8 @@ fn fill(
             }
         }
     }
-    let index = Index {
-        manifest: manifest.clone(),
-        device_state_kind: kind,
-        device_state_version: version,
-        deltas,
-        read_ahead,
-    };
+    let index =
+        Index { manifest: manifest.clone(), device_state_kind: kind, device_state_version: version, deltas };
     let json = serde_json::to_vec(&index).map_err(|err| Error::io("make the index of", dir)(err.into()))?;
     write_new(&dir.join(INDEX), &json)
 }

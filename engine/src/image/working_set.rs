@@ -46,9 +46,9 @@ pub fn normalized(mut runs: Vec<PageRange>, gap: PageCount) -> Vec<PageRange> {
     merged
 }
 
-/// What a manifest records of the pages a host says were touched: within memory, sorted, and at most [`RUNS_MAX`] runs,
-/// for which gaps are closed, small ones first.
-pub fn recorded(touched: Vec<PageRange>, memory: PageCount) -> Vec<PageRange> {
+/// What is kept of the pages a host says were touched: within memory, sorted, disjoint, and at most [`RUNS_MAX`] runs, for
+/// which gaps are closed, small ones first.
+pub fn bounded(touched: Vec<PageRange>, memory: PageCount) -> Vec<PageRange> {
     let all = PageRange { first: PageIndex(0), count: memory };
     let within = touched.iter().filter_map(|run| run.intersection(all)).collect();
     let mut runs = normalized(within, PageCount::ZERO);
@@ -60,23 +60,13 @@ pub fn recorded(touched: Vec<PageRange>, memory: PageCount) -> Vec<PageRange> {
     runs
 }
 
-/// What is worth being read ahead of a working set: its pages that hold `data` (sorted, disjoint; the others are holes that
-/// no disk is asked for), in few runs, at most [`READ_AHEAD_MAX`] pages.
-pub fn worth_reading(set: Vec<PageRange>, data: impl Iterator<Item = PageRange>) -> Vec<PageRange> {
-    let set = normalized(set, PageCount::ZERO);
-    let mut set = set.into_iter().peekable();
-    let mut both = Vec::new();
-    for data in data {
-        while let Some(wanted) = set.peek() {
-            both.extend(wanted.intersection(data));
-            if wanted.end() > data.end() {
-                break;
-            }
-            set.next();
-        }
-    }
+/// What is asked for of a working set as recorded: in few runs, at most [`READ_AHEAD_MAX`] pages.
+///
+/// Holes of the image are asked for, too. No disk is, but a fault on one that is not in the page cache would have the kernel
+/// read all that lies around it, up to the 2 MiB of a huge page, which QEMU wishes for its memory.
+fn to_read(set: Vec<PageRange>) -> Vec<PageRange> {
     let mut left = READ_AHEAD_MAX;
-    let mut runs = normalized(both, GAP_CLOSED);
+    let mut runs = normalized(set, GAP_CLOSED);
     runs.iter_mut().for_each(|run| {
         run.count = run.count.min(left);
         left.0 -= run.count.0;
@@ -95,10 +85,11 @@ pub fn read_ahead(image: &HotFiles) -> Option<JoinHandle<()>> {
         let (state, memory) = (image.device_state.try_clone()?, image.memory.try_clone()?);
         let deltas: Vec<File> =
             image.deltas.iter().map(|(_, file)| file.try_clone()).collect::<io::Result<_>>()?;
-        let runs = image.working_set.clone();
+        let set = image.working_set.clone();
         thread::Builder::new().name("read-ahead".to_owned()).spawn(move || {
             // In the order in which QEMU, or another host, gets to them: disks are opened first.
             let asked = deltas.iter().chain([&state]).try_for_each(ask_for_all);
+            let runs = to_read(set);
             let asked = asked.and_then(|()| runs.iter().try_for_each(|run| ask_for_run(&memory, *run)));
             if let Err(error) = asked {
                 tracing::debug!(%error, "the working set cannot be read ahead");
@@ -112,7 +103,7 @@ pub fn read_ahead(image: &HotFiles) -> Option<JoinHandle<()>> {
 fn is_warm(image: &HotFiles) -> bool {
     let runs = &image.working_set;
     let step = runs.len().div_ceil(PROBES).max(1);
-    let places = runs.iter().step_by(step).map(|run| ByteOffset(run.end().offset().0 - 1));
+    let places = runs.iter().step_by(step).map(|run| run.first.offset());
     is_cached(&image.device_state, ByteOffset(0)) && places.into_iter().all(|at| is_cached(&image.memory, at))
 }
 

@@ -38,26 +38,11 @@ proptest! {
     }
 
     #[test]
-    fn worth_reading_is_what_is_wanted_and_there(set in runs(), data in runs()) {
-        let data = normalized(data, PageCount::ZERO);
-        let (wanted, there) = (pages_of(&set), pages_of(&data));
-        let both: BTreeSet<u64> = wanted.intersection(&there).copied().collect();
-        let plan = worth_reading(set, data.into_iter());
-        prop_assert!(is_in_order(&plan));
-        let planned = pages_of(&plan);
-        prop_assert!(both.is_subset(&planned));
-        for page in planned.difference(&both) {
-            let (below, above) = (both.range(..page).next_back(), both.range(page..).next());
-            prop_assert!(below.zip(above).is_some_and(|(below, above)| above - below - 1 <= GAP_CLOSED.0));
-        }
-    }
-
-    #[test]
     fn what_is_recorded_lies_within_memory(touched in runs(), memory in 0..300u64) {
-        let recorded = recorded(touched.clone(), PageCount(memory));
-        prop_assert!(is_in_order(&recorded));
+        let kept = bounded(touched.clone(), PageCount(memory));
+        prop_assert!(is_in_order(&kept));
         let expected: BTreeSet<u64> = pages_of(&touched).into_iter().filter(|page| *page < memory).collect();
-        prop_assert_eq!(pages_of(&recorded), expected);
+        prop_assert_eq!(pages_of(&kept), expected);
     }
 }
 
@@ -66,18 +51,19 @@ fn a_set_of_too_many_runs_is_recorded_in_fewer() {
     let pages = 4 * RUNS_MAX as u64;
     let scattered: Vec<PageRange> = (0..pages).step_by(3).map(|page| PageRange::new(page, 1)).collect();
     assert!(scattered.len() > RUNS_MAX);
-    let recorded = recorded(scattered.clone(), PageCount(pages));
-    assert!((1..=RUNS_MAX).contains(&recorded.len()));
-    assert!(pages_of(&scattered).is_subset(&pages_of(&recorded)));
+    let kept = bounded(scattered.clone(), PageCount(pages));
+    assert!((1..=RUNS_MAX).contains(&kept.len()));
+    assert!(pages_of(&scattered).is_subset(&pages_of(&kept)));
 }
 
 #[test]
 fn impossible_runs_harm_nobody_and_no_more_is_read_than_the_limit() {
     let wild = vec![PageRange::new(u64::MAX, u64::MAX), PageRange::new(7, u64::MAX), PageRange::new(0, 0)];
-    assert_eq!(recorded(wild.clone(), PageCount(10)), [PageRange::new(7, 3)]);
-    let data = [PageRange::new(0, 1 << 30), PageRange::new(1 << 31, 5)];
-    let plan = worth_reading(wild, data.into_iter());
+    assert_eq!(bounded(wild.clone(), PageCount(10)), [PageRange::new(7, 3)]);
+    let plan = to_read(wild);
     assert_eq!(plan, [PageRange { first: PageIndex(7), count: READ_AHEAD_MAX }]);
+    let many = (0..READ_AHEAD_MAX.0 / 10 + 2).map(|n| PageRange::new(n * 100, 10)).collect();
+    assert_eq!(to_read(many).iter().map(|run| run.count.0).sum::<u64>(), READ_AHEAD_MAX.0);
 }
 
 /// An image in a folder of the build, so on a disk where there is one: what lies on a tmpfs is always cached.
