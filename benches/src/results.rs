@@ -15,6 +15,7 @@ pub fn keep(bench: &str, rows: &[Row], launches: usize) {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpu =
         cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let line = json!({
         "unix_seconds": seconds,
         "launches": launches,
@@ -22,6 +23,8 @@ pub fn keep(bench: &str, rows: &[Row], launches: usize) {
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         "accel": "tcg",
+        // What else the machine did: absolute times of a busy one say little, ratios within the run say more.
+        "load_average": load.split_whitespace().next(),
         "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
     });
     let folder = Path::new("benches/results");
