@@ -43,11 +43,13 @@ soak: guests
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --full
 	@tools/encode-bench.sh
 
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --short
 
 man: build
 	@tools/man.sh target/release target/share

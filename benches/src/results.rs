@@ -1,31 +1,36 @@
-//! Runs that are kept: benches/results/BENCH.jsonl, one dated line a run, with the machine it ran on.
+//! The results of past runs: one JSON line each, with the machine it was measured on.
 
+use std::fs::{self, File};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::json;
 
 use crate::table::Row;
 
-/// Adds a run.
-pub fn keep(bench: &str, rows: &[Row], rounds: usize) {
+/// Adds a run of `launches` launches of each kind to benches/results/`bench`.jsonl.
+pub fn keep(bench: &str, rows: &[Row], launches: usize) {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let cpu =
         cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
+    let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let line = json!({
         "unix_seconds": seconds,
-        "launches": rounds,
+        "launches": launches,
         "cpu": cpu,
         "cores": std::thread::available_parallelism().map_or(0, usize::from),
-        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
+        "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         "accel": "tcg",
+        // What else the machine did: absolute times of a busy one say little, ratios within the run say more.
+        "load_average": load.split_whitespace().next(),
         "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
     });
-    let path = PathBuf::from(format!("benches/results/{bench}.jsonl"));
-    let kept = std::fs::create_dir_all("benches/results")
-        .and_then(|()| std::fs::File::options().append(true).create(true).open(&path))
+    let folder = Path::new("benches/results");
+    let path = folder.join(format!("{bench}.jsonl"));
+    let kept = fs::create_dir_all(folder)
+        .and_then(|()| File::options().append(true).create(true).open(&path))
         .and_then(|mut file| writeln!(file, "{line}"));
     match kept {
         Ok(()) => println!("\nkept in {}", path.display()),

@@ -25,7 +25,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 const IDENTIFY_LIMIT: Duration = Duration::from_secs(30);
 
 /// As long as a command of no length may take in a guest that is emulated on a busy machine.
-const EXERCISE_LIMIT: Duration = Duration::from_secs(60);
+const REHEARSAL_LIMIT: Duration = Duration::from_secs(60);
+/// What the rehearsal of a launch runs: a shell and, through its pipes, a program.
+const REHEARSAL: [&str; 3] = ["sh", "-c", "cat; date"];
 
 /// Frames that may come before an answer: a whole window of each stream in the smallest pieces a program writes is less.
 const OTHERS_MAX: usize = 4096;
@@ -240,18 +242,22 @@ impl Agent for AgentLink {
         Ok(())
     }
 
-    fn exercise(&mut self, identity: &Identity) -> Result<(), AgentError> {
-        let step = "exercise the spare";
-        self.command = Some(Exec::user(["sh", "-c", "cat; exec echo ready"]));
+    fn rehearse(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        let step = "run a command in the clone";
+        self.command = Some(Exec::user(REHEARSAL));
         self.identify(identity)?;
         self.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
-        let deadline = Instant::now() + EXERCISE_LIMIT;
+        let deadline = Instant::now() + REHEARSAL_LIMIT;
         let (mut exited, mut thawed) = (false, false);
         while !(exited && thawed) {
-            match self.wait_frame(step, deadline, EXERCISE_LIMIT)? {
-                GuestFrame::Exited { .. } => exited = true,
-                GuestFrame::Done(Op::Thaw) => thawed = true,
+            match self.wait_frame(step, deadline, REHEARSAL_LIMIT)? {
+                GuestFrame::Exited { exit, .. } if exit.status() == 0 => exited = true,
+                GuestFrame::Exited { exit, .. } => {
+                    let message = format!("{REHEARSAL:?} ended with status {}", exit.status());
+                    return Err(AgentError::Failed { step, message });
+                }
                 GuestFrame::Failed { failed, .. } => return Err(failure(step, &failed)),
+                GuestFrame::Done(Op::Thaw) => thawed = true,
                 _ => {}
             }
         }

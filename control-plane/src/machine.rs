@@ -80,6 +80,7 @@ pub fn confinement(state: &State, machine: &dyn Machine, number: CloneNumber) ->
         volume_memory_max: machine.volume_memory_max(),
         spill_dir: state.root().to_owned(),
         background: false,
+        keep_from_swap: true,
     }
 }
 

@@ -17,6 +17,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use engine::build::{self, BuildError, Order, Watch};
 use engine::host::{Host, HostError};
 use engine::image::hot::{HotFiles, HotImage};
+use engine::launch::LaunchError;
 use engine::savefile::{self, Manifest, ReadBackend, RootHash, Savefile};
 use engine::timeline::Timeline;
 
@@ -518,7 +519,8 @@ fn savefile_error(error: savefile::Error) -> Error {
 
 fn build_error(error: BuildError) -> Error {
     let kind = match &error {
-        BuildError::Host(HostError::Refused { .. }) => Kind::Refused,
+        BuildError::Host(HostError::Refused { .. })
+        | BuildError::Rehearsal(LaunchError::Host(HostError::Refused { .. })) => Kind::Refused,
         _ => Kind::Failed,
     };
     Error::new(kind, "the savefile cannot be built").because(error)

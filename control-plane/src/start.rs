@@ -372,6 +372,10 @@ mod tests {
             unreachable!("it is going down")
         }
 
+        fn touched(&mut self) -> std::result::Result<Vec<engine::units::PageRange>, HostError> {
+            unreachable!("it is going down")
+        }
+
         fn reclaim_free_memory(&mut self, _: ByteCount) -> std::result::Result<(), HostError> {
             unreachable!("it is going down")
         }

@@ -7,7 +7,7 @@
 //!   only in memory. A volume that is to be kept ([`Base::Persistent`]) is the one exception.
 //! - Bases and hot images are opened read-only and cannot be opened for writing by the domain's processes.
 //!
-//! `Host` and `Domain` have eleven required functions between them; a simulator or another hypervisor implements all of
+//! `Host` and `Domain` have twelve required functions between them; a simulator or another hypervisor implements all of
 //! them for real, there are no defaults that lie.
 
 use std::fs::File;
@@ -113,6 +113,8 @@ pub struct Confinement {
     pub spill_dir: PathBuf,
     /// Whether it starts below foreground priority, until it is paused: a spare, which nobody waits for.
     pub background: bool,
+    /// Whether what it writes must be kept out of a plaintext swap: of a clone, not of what goes into a savefile anyway.
+    pub keep_from_swap: bool,
 }
 
 /// A two-way byte channel to the agent in the guest, not blocking. Its descriptor is readable when there may be
@@ -122,7 +124,8 @@ impl<T: io::Read + io::Write + AsFd + Send> AgentPipe for T {}
 
 /// What [`Domain::capture`] took, all of it at one instant.
 pub struct Capture {
-    /// Guest memory, byte 0 of the file being gfn 0 (hosts with holes in the guest's address space close them).
+    /// Guest memory, byte 0 of the file being gfn 0 (hosts with holes in the guest's address space close them). Nobody
+    /// writes to it any more.
     pub memory: File,
     /// Size of the memory image.
     pub memory_size: ByteCount,
@@ -246,6 +249,10 @@ pub trait Domain: Send {
     /// Stops the guest and takes memory, device state and deltas as they are at that instant. The domain is gone
     /// afterwards.
     fn capture(&mut self) -> Result<Capture, HostError>;
+
+    /// The pages of the memory image that a restored guest has read or written so far, sorted and disjoint. A host may
+    /// add pages that lie beside them.
+    fn touched(&mut self) -> Result<Vec<PageRange>, HostError>;
 
     /// Readable when [`Domain::serve`] has something to do.
     fn events(&self) -> BorrowedFd<'_>;

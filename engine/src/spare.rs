@@ -9,6 +9,7 @@ use crate::agent::Agent;
 use crate::host::{AgentPipe, Confinement, GuestSpec, Host};
 use crate::identity::Identity;
 use crate::image::hot::HotFiles;
+use crate::image::working_set;
 use crate::launch::{Clone, LaunchError};
 
 /// How often a spare is exercised. Measured under emulation, exec to first byte: see benches/results/spare.jsonl.
@@ -23,11 +24,12 @@ pub fn prepare<A: Agent>(
     identity: &Identity,
     connect: impl FnOnce(Box<dyn AgentPipe>) -> A,
 ) -> Result<Clone<A>, LaunchError> {
+    let _reading = working_set::read_ahead(&image);
     let mut domain = host.restore(spec, image, confinement)?;
     let mut agent = connect(domain.agent()?);
     domain.run()?;
     for _ in 0..EXERCISES {
-        agent.exercise(identity)?;
+        agent.rehearse(identity)?;
         agent.freeze()?;
     }
     domain.pause()?;

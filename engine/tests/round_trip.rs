@@ -116,6 +116,22 @@ fn the_working_set_is_stored_first() {
 }
 
 #[test]
+fn the_first_chunks_are_the_working_sets_and_a_chunk_more_is_another_pages() {
+    let mut guest = Guest::incompressible(1000);
+    guest.working_set = vec![(100, 300)];
+    let (savefile, written, _folder) = written(&guest);
+    let table = savefile.chunk_table();
+    assert_eq!((table.working_set_chunks(), written.chunks), (2, 4));
+    let map = savefile.page_map(&ImageId::Memory).unwrap();
+    let (first, rest): (Vec<_>, Vec<_>) = map.data_runs().partition(|(_, slot)| slot.0 < 300);
+    assert_eq!(first.iter().map(|(run, _)| *run).collect::<Vec<_>>(), [PageRange::new(100, 300)]);
+    assert_eq!(rest.iter().map(|(run, _)| run.count.0).sum::<u64>(), 700);
+    for backend in [ReadBackend::Ring, ReadBackend::Pread] {
+        assert!(decode(&savefile, backend).unwrap().0 == guest.memory_bytes());
+    }
+}
+
+#[test]
 fn a_delta_tells_zero_pages_from_those_that_are_as_the_base() {
     let (savefile, _, _folder) = written(&Guest::small());
     let map = savefile.page_map(&ImageId::Volume("root".into())).unwrap();

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use engine::host::{AgentPipe, Capture, CapturedDelta, Confinement, Domain, HostError};
 use engine::launch::RESTORE_LIMIT;
-use engine::units::ByteCount;
+use engine::units::{ByteCount, PageRange};
+use rustix::fs::{fcntl_add_seals, SealFlags};
 use serde_json::{json, Value};
 
 use crate::plan::BALLOON;
@@ -21,6 +22,7 @@ use crate::process::{memfd, Process};
 use crate::qcow2;
 use crate::qmp::{Event, Qmp, QmpError};
 use crate::spill;
+use crate::touched::{touched, FileId};
 
 /// How long QEMU may take over one command. The slowest, formatting a LUKS header, takes 0.3 s here.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(20);
@@ -55,6 +57,8 @@ pub struct QemuDomain {
     /// Guest memory shared with us; only while capturing.
     pub(crate) memory: Option<File>,
     pub(crate) memory_size: ByteCount,
+    /// The memory image, as QEMU's mappings name it.
+    pub(crate) memory_file: FileId,
     pub(crate) overlays: Vec<Overlay>,
     pub(crate) confinement: Confinement,
     pub(crate) version: (u32, u32),
@@ -120,6 +124,10 @@ impl Domain for QemuDomain {
             step: "capture memory",
             reason: "the guest was not started to be captured".to_owned(),
         })?;
+        // Clones are rehearsed on it before it is stored; QEMU could open it anew for writing.
+        let seals = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        fcntl_add_seals(&memory, seals)
+            .map_err(|errno| HostError::Io { step: "capture memory", source: errno.into() })?;
         let deltas = self.overlays.drain(..).map(read_delta).collect::<Result<_, _>>()?;
         Ok(Capture {
             memory,
@@ -128,6 +136,11 @@ impl Domain for QemuDomain {
             device_state_version: self.version.0 << 16 | self.version.1,
             deltas,
         })
+    }
+
+    fn touched(&mut self) -> Result<Vec<PageRange>, HostError> {
+        touched(self.process.id(), self.memory_file)
+            .map_err(HostError::io("ask which pages of memory the clone has touched"))
     }
 
     fn events(&self) -> BorrowedFd<'_> {

@@ -23,6 +23,7 @@ use crate::qcow2;
 use crate::qmp::Qmp;
 use crate::swap::{self, SwapGuard};
 use crate::sys;
+use crate::touched::FileId;
 
 /// What a guest's QEMU takes beside the guest's memory and volumes, for the lock limit: code, heap, translated code.
 const QEMU_OWN_BYTES: u64 = 2 << 30;
@@ -130,7 +131,7 @@ impl QemuHost {
         let step = "start QEMU";
         let in_memory = spec.volumes.iter().filter(|volume| !volume.base.is_persistent()).count();
         let bytes_max = spec.memory.0 + QEMU_OWN_BYTES + in_memory as u64 * confinement.volume_memory_max.0;
-        let guard = match files.keep_private {
+        let guard = match files.keep_private && confinement.keep_from_swap {
             true => swap::guard(bytes_max, self.qemu.locks_on_fault())?,
             false => SwapGuard::NotNeeded,
         };
@@ -169,6 +170,7 @@ impl QemuHost {
         inherit.extend(volumes.iter().flat_map(|volume| volume.chain.fds()));
         inherit.extend(files.further.iter().map(AsRawFd::as_raw_fd));
         inherit.extend(tap.as_ref().map(AsRawFd::as_raw_fd));
+        let memory_file = FileId::of(&files.memory.metadata().map_err(HostError::io(step))?);
         let lock_on_fault = guard == SwapGuard::LockOnFault;
         let arguments = plan::arguments(&Plan {
             spec,
@@ -201,6 +203,7 @@ impl QemuHost {
             agent: Some(agent),
             memory: None,
             memory_size: spec.memory,
+            memory_file,
             overlays,
             confinement: confinement.clone(),
             version: self.qemu.number(),

@@ -111,6 +111,11 @@ impl Process {
         Ok(process)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends the time in the background.
     pub fn to_foreground(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.background) {

@@ -59,6 +59,7 @@ pub fn print_info(description: &Description, json: bool) {
                 "root_hash": description.root_hash,
                 "memory_bytes": manifest.memory_bytes,
                 "stored_bytes": description.stored_bytes,
+                "working_set_bytes": manifest.working_set_bytes().0,
                 "vcpus": manifest.vcpus,
                 "created": manifest.created,
                 "state": state_json(&description.standing),
@@ -81,6 +82,7 @@ pub fn print_info(description: &Description, json: bool) {
     line("memory", bytes_text(manifest.memory_bytes));
     line("vCPUs", manifest.vcpus.to_string());
     line("stored", bytes_text(description.stored_bytes));
+    line("working set", bytes_text(manifest.working_set_bytes().0));
     let host = &manifest.host;
     line(
         "host",

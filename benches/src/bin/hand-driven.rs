@@ -163,7 +163,7 @@ fn launch_words(exec: Exec) -> Vec<u8> {
 
 /// A launch to its end, as our spares are exercised, and a freeze.
 fn exercise(agent: &mut UnixStream, decoder: &mut Decoder) {
-    let mut out = launch_words(Exec::user(["sh", "-c", "cat; exec echo ready"]));
+    let mut out = launch_words(Exec::user(["sh", "-c", "cat; date"]));
     HostFrame::StdinEof { stream: 1 }.encode(&mut out).expect("an end");
     agent.write_all(&out).expect("the agent listens");
     let (mut exited, mut thawed) = (false, false);

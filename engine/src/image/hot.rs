@@ -23,11 +23,12 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
 use serde::{Deserialize, Serialize};
 
+use super::working_set;
 use crate::savefile::{
     is_volume_name, DeviceState, Error, ImageId, ImageOutput, Manifest, OnProgress, PageMap, ReadBackend,
     RootHash, Savefile, VolumeInfo, MANIFEST_MAX,
 };
-use crate::units::ByteCount;
+use crate::units::{ByteCount, PageRange};
 
 const MEMORY: &str = "memory.img";
 const DEVICE_STATE: &str = "device-state";
@@ -75,6 +76,8 @@ pub struct HotFiles {
     pub device_state: File,
     /// Volume name and the file that the host stacks on its base, one per volume that has a delta.
     pub deltas: Vec<(String, File)>,
+    /// The pages of memory to be read ahead when they are not in the page cache: sorted, disjoint, within memory.
+    pub working_set: Vec<PageRange>,
 }
 
 /// `hot.json`: what the files of a set are.
@@ -199,7 +202,9 @@ fn open_set(dir: PathBuf, root: RootHash, index: File) -> Result<HotImage, Error
     }
     let deltas = index.deltas.into_iter().map(|(volume, name)| Ok((volume, open(&name)?)));
     let deltas = deltas.collect::<Result<_, Error>>()?;
-    let files = HotFiles { memory, device_state: open(DEVICE_STATE)?, deltas };
+    let pages = ByteCount(found).pages_covering();
+    let working_set = working_set::bounded(index.manifest.working_set().collect(), pages);
+    let files = HotFiles { memory, device_state: open(DEVICE_STATE)?, deltas, working_set };
     let (device_state_kind, device_state_version) = (index.device_state_kind, index.device_state_version);
     Ok(HotImage { root, manifest: index.manifest, device_state_kind, device_state_version, files, dir })
 }
