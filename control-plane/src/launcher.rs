@@ -105,7 +105,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 
-    let connect = |pipe| AgentLink::with_command(pipe, request.exec);
+    let connect = |pipe| AgentLink::with_command(pipe, request.exec).limited(machine.agent_limits());
     let spec = &guest.spec;
     let launched = match image {
         Some((.., files)) => {
