@@ -130,7 +130,7 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
     let aside = state.qubes().join(format!(".{name}{REMOVED}"));
     let _ = fs::remove_dir_all(&aside);
     fs::rename(&folder, &aside).map_err(Error::io("remove", &folder))?;
-    fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+    remove_aside(&aside)
 }
 
 /// Removes what commands cut short have left: half removed qubes, half made ones, half written records.
@@ -140,7 +140,7 @@ pub fn remove_leftovers(state: &State) -> Result<()> {
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
         if name.ends_with(REMOVED) {
-            fs::remove_dir_all(&path).map_err(Error::io("remove", &path))?;
+            remove_aside(&path)?;
         } else if qube::check_name(&name).is_ok() && path.is_dir() {
             engine::savefile::sweep(&path).map_err(|error| {
                 Error::new(Kind::Failed, "half written records cannot be removed").because(error)
@@ -164,7 +164,15 @@ fn remove_half_made(state: &State, name: &str) -> Result<()> {
     let aside = state.qubes().join(format!(".{name}{REMOVED}"));
     let _ = fs::remove_dir_all(&aside);
     fs::rename(&folder, &aside).map_err(Error::io("remove", &folder))?;
-    fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+    remove_aside(&aside)
+}
+
+/// Removes a folder that nothing names any more; somebody else may be at it, or done with it.
+fn remove_aside(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// An empty private volume: the guest makes its file system, as in Qubes.
