@@ -136,7 +136,8 @@ fn sweep_all(from: u64, count: u64, every: bool, op: Option<Op>, place: &Place) 
     };
     let swept = if every {
         let ops = op.map_or(Op::ALONE.to_vec(), |op| vec![op]);
-        let all = sweep::every_step(&stage, from, &ops)?;
+        let mut all = sweep::every_step(&stage, from, &ops)?;
+        all.extend(sweep::every_meanwhile(&stage, from, &ops)?);
         sweep::sweep(&stage, all.len(), |at| Ok(all[at]), tell)
     } else {
         let scenario = |at| Scenario::from_seed(&stage, from + at as u64, op);

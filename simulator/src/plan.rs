@@ -132,6 +132,8 @@ pub enum Plan {
     Step(u64, Fault),
     /// This at the n-th system call on files of the state.
     File(u64, FileFault),
+    /// Held at the n-th system call on files of the state, while others do what they have to do.
+    Meanwhile(u64),
     /// Killed from outside so long after the start, whatever it does then.
     KillAfter(Duration),
     /// No file may become longer than so many bytes (RLIMIT_FSIZE): every thread's writes fail, not only the main one's.
@@ -155,6 +157,7 @@ impl fmt::Display for Plan {
             Plan::File(at, FileFault::NoSpace) => write!(f, "file:{at}=enospc"),
             Plan::File(at, FileFault::Io) => write!(f, "file:{at}=eio"),
             Plan::File(at, FileFault::Kill) => write!(f, "file:{at}=kill"),
+            Plan::Meanwhile(at) => write!(f, "meanwhile:{at}"),
             Plan::KillAfter(after) => write!(f, "kill-after-us:{}", after.as_micros()),
             Plan::FileBytes(bytes) => write!(f, "file-bytes:{bytes}"),
             Plan::Descriptors(count) => write!(f, "descriptors:{count}"),
@@ -176,11 +179,12 @@ impl FromStr for Plan {
         let number: u64 = number.parse().map_err(|_| no_plan())?;
         let fault = NAMES.iter().find(|(_, name)| *name == how).map(|(fault, _)| *fault);
         match (what, fault) {
-            ("step" | "file", _) if number == 0 => Err(no_plan()),
+            ("step" | "file" | "meanwhile", _) if number == 0 => Err(no_plan()),
             ("step", Some(fault)) => Ok(Plan::Step(number, fault)),
             ("file", Some(Fault::NoSpace)) => Ok(Plan::File(number, FileFault::NoSpace)),
             ("file", Some(Fault::Io)) => Ok(Plan::File(number, FileFault::Io)),
             ("file", Some(Fault::Kill)) => Ok(Plan::File(number, FileFault::Kill)),
+            ("meanwhile", None) if how.is_empty() => Ok(Plan::Meanwhile(number)),
             ("kill-after-us", None) if how.is_empty() => Ok(Plan::KillAfter(Duration::from_micros(number))),
             ("file-bytes", None) if how.is_empty() => Ok(Plan::FileBytes(number)),
             ("descriptors", None) if how.is_empty() => Ok(Plan::Descriptors(number)),
@@ -199,6 +203,7 @@ mod tests {
         let steps = NAMES.map(|(fault, _)| Plan::Step(3, fault));
         let others = [
             Plan::Nothing,
+            Plan::Meanwhile(8),
             Plan::KillAfter(Duration::from_micros(1234)),
             Plan::FileBytes(4096),
             Plan::Descriptors(9),

@@ -131,6 +131,18 @@ impl Op {
         }
     }
 
+    /// What takes away all that the operation is about to use, if only it may: done while it is held somewhere.
+    fn takes_away(self, world: &World) -> Vec<Action> {
+        let next = Action::AddTemplate { name: TEMPLATE.to_owned(), root: world.folder().join("root-2.img") };
+        match self {
+            Op::Rm | Op::RmQube => vec![Action::Gc],
+            Op::AddTemplate | Op::NewTemplate | Op::NewDvm => vec![Action::Gc],
+            Op::Gc => vec![Action::Build { dvm: DVM.to_owned(), prerun: None }],
+            Op::BuildFirst => vec![next, Action::Gc],
+            _ => vec![Action::Rm { dvm: DVM.to_owned() }, next, Action::Gc],
+        }
+    }
+
     /// What runs at the same time, and must succeed.
     fn others(self) -> Vec<Action> {
         let launch =
@@ -179,9 +191,10 @@ impl Scenario {
                 let kind = StepKind::of_line(&dry.steps[at as usize]).unwrap_or(StepKind::Host);
                 Plan::Step(at + 1, *rng.pick(kind.faults()))
             }
-            0..=6 if !dry.files.is_empty() => {
+            0..=5 if !dry.files.is_empty() => {
                 Plan::File(1 + rng.below(dry.files.len() as u64), *rng.pick(&FileFault::ALL))
             }
+            6 if !dry.files.is_empty() => Plan::Meanwhile(1 + rng.below(dry.files.len() as u64)),
             // What a process says still fits.
             7 => Plan::FileBytes((1 << 10) + rng.below(100 << 10)),
             8 => Plan::Descriptors(5 + rng.below(25)),
@@ -226,39 +239,49 @@ impl Scenario {
         let mut found = Vec::new();
         let run = || own_error("run an operation");
 
-        let mut bystander = self.bystander(&world)?;
-        ask(&mut bystander, "before", &mut found);
-        let before = Before::of(&world, contents.damaged, self.op == Op::Rm, Some(bystander.pid()))?;
+        // A clone beside it keeps what it uses: where all shall be taken away, there is none.
+        let held = matches!(self.plan, Plan::Meanwhile(_));
+        let mut bystander = (!held).then(|| self.bystander(&world)).transpose()?;
+        ask_if_there(&mut bystander, "before", &mut found);
+        let removes = self.op == Op::Rm || held;
+        let before =
+            Before::of(&world, contents.damaged, removes, bystander.as_ref().map(Conversation::pid))?;
 
-        let others = self.op.others();
         let action = self.op.action(&world);
-        let started = others.iter().map(|other| Ok((other, world.start(other, Plan::Nothing, false)?)));
-        let started = started.collect::<io::Result<Vec<_>>>().map_err(run())?;
-        let traced = matches!(self.plan, Plan::File(..));
-        let outcome = world.run(&action, self.plan, traced).map_err(run())?;
+        let (outcome, meanwhile) = self.run(&world, &action).map_err(run())?;
         found.extend(self.judge(&world, &action, &outcome));
-        for (other, running) in started {
-            let outcome = running.finish().map_err(run())?;
-            let fine = Scenario { plan: Plan::Nothing, ..*self };
-            found.extend(
-                fine.judge(&world, other, &outcome).into_iter().map(|what| format!("meanwhile, {what}")),
-            );
+        let fine = Scenario { plan: Plan::Nothing, ..*self };
+        for (other, outcome) in meanwhile {
+            let judged = fine.judge(&world, &other, &outcome);
+            found.extend(judged.into_iter().map(|what| format!("meanwhile, {what}")));
         }
-        ask(&mut bystander, "after", &mut found);
+        ask_if_there(&mut bystander, "after", &mut found);
 
         // One ordinary command, and nothing is left of it all.
         found.extend(ordinary(&world, &Action::Gc)?);
         found.extend(invariants::check(&world, &before));
         found.extend(launches(&world)?);
-        ask(&mut bystander, "at the end", &mut found);
-        match bystander.end() {
-            Ok(status) if status.success() => {}
+        ask_if_there(&mut bystander, "at the end", &mut found);
+        match bystander.map(Conversation::end).transpose() {
+            Ok(status) if status.is_none_or(|status| status.success()) => {}
             ended => found.push(format!("the clone beside it ended badly: {ended:?}")),
         }
         found.extend(ordinary(&world, &Action::Gc)?);
         found.extend(invariants::check(&world, &Before { bystander: None, ..before }));
         found.dedup();
         Ok((outcome, found))
+    }
+
+    /// Runs the operation and those at the same time.
+    fn run(&self, world: &World, action: &Action) -> io::Result<(Outcome, Vec<(Action, Outcome)>)> {
+        if let Plan::Meanwhile(_) = self.plan {
+            return world.run_beside(action, self.plan, &self.op.takes_away(world));
+        }
+        let start = |other: Action| Ok((world.start(&other, Plan::Nothing, false)?, other));
+        let started = self.op.others().into_iter().map(start).collect::<io::Result<Vec<_>>>()?;
+        let outcome = world.run(action, self.plan, matches!(self.plan, Plan::File(..)))?;
+        let finished = started.into_iter().map(|(running, other)| Ok((other, running.finish()?)));
+        Ok((outcome, finished.collect::<io::Result<_>>()?))
     }
 
     /// Whether the step that was to go wrong never came.
@@ -293,7 +316,7 @@ impl Scenario {
             }
             WaitStatus::Exited(_, 0) => {}
             WaitStatus::Exited(_, 143) if silent => {}
-            _ if self.plan == Plan::Nothing || self.was_not_reached(outcome) => {
+            _ if matches!(self.plan, Plan::Nothing | Plan::Meanwhile(_)) || self.was_not_reached(outcome) => {
                 found.push(format!("{action:?} failed with nothing wrong: {:?}: {told}", outcome.status));
             }
             WaitStatus::Exited(_, 1 | 125 | 126) if !told.is_empty() => {}
@@ -331,6 +354,10 @@ fn ask(bystander: &mut Conversation, line: &str, found: &mut Vec<String>) {
         Ok(answer) if answer == format!("ok {line}") => {}
         answer => found.push(format!("the clone beside it is disturbed {line}: {answer:?}")),
     }
+}
+
+fn ask_if_there(bystander: &mut Option<Conversation>, line: &str, found: &mut Vec<String>) {
+    bystander.iter_mut().for_each(|bystander| ask(bystander, line, found));
 }
 
 /// Runs an operation in which nothing may go wrong.

@@ -40,6 +40,16 @@ pub fn every_step(stage: &Stage, seed: u64, ops: &[Op]) -> Result<Vec<Scenario>>
     Ok(all)
 }
 
+/// Each of `ops` held at every system call on the state's files, while others take away what it uses, if they may.
+pub fn every_meanwhile(stage: &Stage, seed: u64, ops: &[Op]) -> Result<Vec<Scenario>> {
+    let mut all = Vec::new();
+    for &op in ops {
+        let dry = Scenario { seed, op, plan: Plan::Nothing }.rehearse(stage)?;
+        all.extend((1..=dry.files.len() as u64).map(|at| Scenario { seed, op, plan: Plan::Meanwhile(at) }));
+    }
+    Ok(all)
+}
+
 /// Plays scenarios given as functions of their number; `tell` hears of each failure as it comes.
 pub fn sweep(
     stage: &Stage,

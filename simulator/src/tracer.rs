@@ -60,8 +60,14 @@ const CALLS: [(libc::c_long, &str, Place); 21] = [
     (libc::SYS_flock, "lock", Place::Fd),
 ];
 
-/// Lets a tracee that has stopped itself run to its end, by `plan`. Answers how it ended, and the calls counted.
-pub fn run(pid: Pid, root: &Path, plan: Plan) -> io::Result<(WaitStatus, Vec<String>)> {
+/// Lets a tracee that has stopped itself run to its end, by `plan`. Answers how it ended, and the calls counted. While
+/// the plan holds it at a call, `meanwhile` is done.
+pub fn run(
+    pid: Pid,
+    root: &Path,
+    plan: Plan,
+    meanwhile: &mut dyn FnMut() -> io::Result<()>,
+) -> io::Result<(WaitStatus, Vec<String>)> {
     let first = waitpid(pid, None)?;
     if !matches!(first, WaitStatus::Stopped(_, Signal::SIGSTOP)) {
         return Ok((first, Vec::new()));
@@ -77,7 +83,11 @@ pub fn run(pid: Pid, root: &Path, plan: Plan) -> io::Result<(WaitStatus, Vec<Str
         match waitpid(pid, None)? {
             WaitStatus::PtraceSyscall(_) if !inside => {
                 inside = true;
+                let before = calls.len();
                 inject = enter(pid, root, plan, &mut calls)?;
+                if calls.len() > before && plan == Plan::Meanwhile(calls.len() as u64) {
+                    meanwhile()?;
+                }
             }
             WaitStatus::PtraceSyscall(_) => {
                 inside = false;

@@ -17,7 +17,7 @@ use control_plane::state::State;
 use control_plane::templates::{self, TemplateFiles};
 use engine::image::hot::HotImage;
 use nix::sys::signal::{kill, Signal};
-use nix::sys::wait::{waitpid, WaitStatus};
+use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::context::Context;
@@ -41,6 +41,10 @@ pub const OTHER: &str = "cold-dvm";
 pub const NEW: &str = "new-dvm";
 /// A TemplateVM made by an operation.
 pub const NEW_TEMPLATE: &str = "new-12";
+
+/// How long others are waited for while one is held: several times what they take. One that takes longer waits for a lock of
+/// the held one.
+const HELD_MAX: Duration = Duration::from_millis(150);
 
 /// When a process with a guest that fell silent is asked to end.
 const PATIENCE: Duration = Duration::from_millis(2 * SILENCE.as_millis() as u64 + 200);
@@ -243,7 +247,38 @@ impl World {
         let start = Instant::now();
         let child = command.spawn()?;
         let root = self.state.root().to_owned();
-        Ok(Running { pid: Pid::from_raw(child.id() as i32), plan, traced, root, trace, start, ended: false })
+        let pid = Pid::from_raw(child.id() as i32);
+        Ok(Running { pid, plan, traced, root, trace, start, status: None })
+    }
+
+    /// Runs an operation that is held where `plan` says, while the others run one after the other: to their ends, but for one
+    /// that waits for the held one, which then goes on.
+    pub fn run_beside(
+        &self,
+        action: &Action,
+        plan: Plan,
+        others: &[Action],
+    ) -> io::Result<(Outcome, Vec<(Action, Outcome)>)> {
+        let mut started: Vec<(Action, Running)> = Vec::new();
+        let held = self.start(action, plan, true)?.finish_meanwhile(&mut || {
+            for other in others {
+                let mut running = self.start(other, Plan::Nothing, false)?;
+                let over = running.ends_within(HELD_MAX)?;
+                started.push((other.clone(), running));
+                if !over {
+                    break;
+                }
+            }
+            Ok(())
+        })?;
+        let mut outcomes = Vec::new();
+        for (other, running) in started {
+            outcomes.push((other, running.finish()?));
+        }
+        for other in &others[outcomes.len()..] {
+            outcomes.push((other.clone(), self.run(other, Plan::Nothing, false)?));
+        }
+        Ok((held, outcomes))
     }
 
     /// Runs an operation to its end.
@@ -277,23 +312,38 @@ pub struct Running {
     root: PathBuf,
     trace: PathBuf,
     start: Instant,
-    ended: bool,
+    status: Option<WaitStatus>,
 }
 
 impl Running {
     /// Waits for its end, doing from outside what the plan says. From the thread that started it.
-    pub fn finish(mut self) -> io::Result<Outcome> {
-        let (status, files) = match self.plan {
-            _ if self.traced => tracer::run(self.pid, &self.root, self.plan)?,
-            Plan::KillAfter(after) => {
+    pub fn finish(self) -> io::Result<Outcome> {
+        self.finish_meanwhile(&mut || Ok(()))
+    }
+
+    /// The same; `meanwhile` is done where the plan holds it.
+    fn finish_meanwhile(mut self, meanwhile: &mut dyn FnMut() -> io::Result<()>) -> io::Result<Outcome> {
+        let mut files = Vec::new();
+        let status = match (self.status, self.plan) {
+            (Some(status), _) => status,
+            _ if self.traced => {
+                let (status, calls) = tracer::run(self.pid, &self.root, self.plan, meanwhile)?;
+                files = calls;
+                status
+            }
+            (_, Plan::KillAfter(after)) => {
                 std::thread::sleep(after.saturating_sub(self.start.elapsed()));
                 kill(self.pid, Signal::SIGKILL)?;
-                (waitpid(self.pid, None)?, Vec::new())
+                waitpid(self.pid, None)?
             }
-            Plan::Step(_, Fault::Silent) => (self.wait_with_patience()?, Vec::new()),
-            _ => (waitpid(self.pid, None)?, Vec::new()),
+            // A command may say nothing for as long as it likes: its caller ends it.
+            (_, Plan::Step(_, Fault::Silent)) if !self.ends_within(PATIENCE)? => {
+                kill(self.pid, Signal::SIGTERM)?;
+                waitpid(self.pid, None)?
+            }
+            _ => self.status.map_or_else(|| waitpid(self.pid, None), Ok)?,
         };
-        self.ended = true;
+        self.status = Some(status);
         let took = self.start.elapsed();
         let steps = fs::read_to_string(&self.trace).unwrap_or_default();
         Ok(Outcome {
@@ -306,23 +356,25 @@ impl Running {
         })
     }
 
-    /// A command may say nothing for as long as it likes: its caller ends it.
-    fn wait_with_patience(&self) -> io::Result<WaitStatus> {
-        use nix::sys::wait::WaitPidFlag;
-        while self.start.elapsed() < PATIENCE {
+    /// Whether it ends before so much time is over.
+    fn ends_within(&mut self, limit: Duration) -> io::Result<bool> {
+        let start = Instant::now();
+        while start.elapsed() < limit {
             match waitpid(self.pid, Some(WaitPidFlag::WNOHANG))? {
                 WaitStatus::StillAlive => std::thread::sleep(Duration::from_millis(2)),
-                ended => return Ok(ended),
+                ended => {
+                    self.status = Some(ended);
+                    return Ok(true);
+                }
             }
         }
-        kill(self.pid, Signal::SIGTERM)?;
-        Ok(waitpid(self.pid, None)?)
+        Ok(false)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        if !self.ended {
+        if self.status.is_none() {
             let _ = kill(self.pid, Signal::SIGKILL);
             let _ = waitpid(self.pid, None);
         }

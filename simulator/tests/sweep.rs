@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use simulator::plan::{Fault, FileFault, Plan};
 use simulator::scenario::{usual_folder, Op, Scenario, Stage};
-use simulator::sweep::{every_step, sweep, Swept};
+use simulator::sweep::{every_meanwhile, every_step, sweep, Swept};
 
 /// The worlds' seed, whose steps are all taken.
 const BASE: u64 = 7;
@@ -50,6 +50,16 @@ fn every_step_failed_and_killed_leaves_nothing_loses_nothing_and_harms_nobody() 
     let stage = stage();
     let all = every_step(&stage, BASE, &Op::ALONE).unwrap();
     assert!(all.len() > 1000, "only {} steps and faults", all.len());
+    all_held(&sweep(&stage, all.len(), |at| Ok(all[at]), tell));
+}
+
+#[test]
+fn an_operation_held_anywhere_ends_well_though_others_take_away_what_they_may() {
+    let _alone = alone();
+    let stage = stage();
+    let ops = [Op::BuildFirst, Op::Launch, Op::LaunchCold, Op::RmQube];
+    let all = every_meanwhile(&stage, BASE, &ops).unwrap();
+    assert!(all.len() > 100, "only {} places to be held at", all.len());
     all_held(&sweep(&stage, all.len(), |at| Ok(all[at]), tell));
 }
 
