@@ -1,14 +1,21 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test simulate bench bench-short lint setup build guests help
+.PHONY: demo test fuzz soak simulate bench bench-short lint setup build guests man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
+PREFIX ?= /usr/local
+# Of `make fuzz`, all targets together.
+FUZZ_SECONDS ?= 600
 
 help:
 	@echo 'make demo   a real Debian guest, captured and relaunched as disposables'
-	@echo 'make test   all tests'
+	@echo 'make test   all tests, and every fuzz target for two seconds or more'
+	@echo 'make fuzz   every fuzz target, FUZZ_SECONDS=$(FUZZ_SECONDS) in all'
+	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
 	@echo 'make simulate   every step of every operation failed and killed, then SEEDS=3000 random ones from FROM=1'
 	@echo 'make bench  benches; make bench-short for their short mode'
+	@echo 'make man    manual pages and shell completions, into target/share'
+	@echo 'make install  binaries, manual pages and completions, below PREFIX ($(PREFIX))'
 	@echo 'make lint   clippy with warnings denied, rustfmt'
 
 setup:
@@ -26,6 +33,13 @@ demo: build
 
 test: guests
 	@tools/without-swap.sh $(CARGO) test --release --workspace
+	@tools/fuzz.sh all 24
+
+fuzz: setup
+	@tools/fuzz.sh all $(FUZZ_SECONDS)
+
+soak: guests
+	@tools/without-swap.sh $(CARGO) run --release -q -p fixtures --bin soak -- 1000
 
 FROM ?= 1
 SEEDS ?= 3000
@@ -36,9 +50,22 @@ simulate: setup
 
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --full
+	@tools/encode-bench.sh
 
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --short
+
+man: build
+	@tools/man.sh target/release target/share
+
+install: man
+	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share
+	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd) $(DESTDIR)$(PREFIX)/bin
+	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

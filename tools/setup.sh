@@ -22,6 +22,7 @@ recent_rust() {
 missing=()
 need() { [[ -e $1 ]] || command -v "$1" >/dev/null || missing+=("${@:2}"); }
 need cc gcc
+need c++ g++ # libFuzzer
 need /usr/lib/x86_64-linux-gnu/libc.a libc6-dev # for static binaries
 need make make
 need git git

@@ -87,10 +87,8 @@ impl Bench {
 
     /// The hand-driven peer's launch of the same, restored or booted cold.
     pub fn by_hand(&self, subject: &Subject, cold: bool, command: &[&str]) -> Command {
-        let state = State::open(&self.root).expect("the state folder");
-        let guest = Guest::load(&state, subject.dvm).expect("the record");
-        let pin = guest.dvm.savefile.as_ref().expect("a savefile");
-        let hot = find_hot(&state.hot(), &pin.root_hash);
+        let guest = self.guest(subject);
+        let hot = self.hot(subject);
         let mut peer = Command::new(self.target.join("release/hand-driven"));
         peer.arg("--qemu").arg(&self.qemu);
         peer.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
@@ -103,12 +101,35 @@ impl Bench {
         for volume in &guest.spec.volumes {
             let prepared = self.prepared_overlay(volume.size.0);
             let delta = if cold { "-".into() } else { hot.join(format!("{}.qcow2", volume.name)) };
-            let base = volume.base.clone().unwrap_or_else(|| "-".into());
+            let base = volume.base.path().map_or("-".into(), Path::to_owned);
             let files = [&prepared, &delta, &base].map(|path| path.display().to_string()).join(",");
             peer.args(["--volume", &format!("{},{files}", volume.name)]);
         }
         peer.arg("--").args(command).stdin(Stdio::null()).stderr(Stdio::null());
         peer
+    }
+
+    /// The hand-driven peer as a spare: says a line when it is ready, and goes on when it gets one.
+    pub fn spare_by_hand(&self, subject: &Subject, command: &[&str]) -> Command {
+        let with_option = self.by_hand(subject, false, command);
+        let mut peer = Command::new(with_option.get_program());
+        peer.arg("--spare").args(with_option.get_args()).stdin(Stdio::piped()).stderr(Stdio::null());
+        peer
+    }
+
+    /// The folder of the subject's hot image.
+    pub fn hot(&self, subject: &Subject) -> PathBuf {
+        let guest = self.guest(subject);
+        let pin = guest.dvm.savefile.as_ref().expect("a savefile");
+        find_hot(&self.state().hot(), &pin.root_hash)
+    }
+
+    fn state(&self) -> State {
+        State::open(&self.root).expect("the state folder")
+    }
+
+    fn guest(&self, subject: &Subject) -> Guest {
+        Guest::load(&self.state(), subject.dvm).expect("the record")
     }
 
     /// An empty overlay of a volume of `size` bytes, made once by qemu-glue's own writer.

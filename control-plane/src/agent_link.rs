@@ -31,6 +31,8 @@ pub struct Limits {
     pub settle: Duration,
     /// For an identity.
     pub identify: Duration,
+    /// For the command of a rehearsal.
+    pub rehearsal: Duration,
 }
 
 impl Default for Limits {
@@ -43,9 +45,14 @@ impl Default for Limits {
             settle: Duration::from_secs(120),
             // Three orders of magnitude above the usual.
             identify: Duration::from_secs(30),
+            // As long as a command of no length may take in a guest that is emulated on a busy machine.
+            rehearsal: Duration::from_secs(60),
         }
     }
 }
+
+/// What the rehearsal of a launch runs: a shell and, through its pipes, a program.
+const REHEARSAL: [&str; 3] = ["sh", "-c", "cat; date"];
 
 /// Frames that may come before an answer: a whole window of each stream in the smallest pieces a program writes is less.
 const OTHERS_MAX: usize = 4096;
@@ -58,6 +65,7 @@ pub struct AgentLink {
     out: Vec<u8>,
     command: Option<Exec>,
     limits: Limits,
+    hostname: Option<String>,
 }
 
 impl AgentLink {
@@ -70,6 +78,7 @@ impl AgentLink {
             out: Vec::with_capacity(4096),
             command: None,
             limits: Limits::default(),
+            hostname: None,
         }
     }
 
@@ -81,6 +90,11 @@ impl AgentLink {
     /// Over a fresh channel, with the command to start as soon as the clone is somebody.
     pub fn with_command(pipe: Box<dyn AgentPipe>, command: Exec) -> AgentLink {
         AgentLink { command: Some(command), ..AgentLink::new(pipe) }
+    }
+
+    /// Has the guest named `hostname`, not after its number.
+    pub fn named(self, hostname: String) -> AgentLink {
+        AgentLink { hostname: Some(hostname), ..self }
     }
 
     /// Queues a frame. [`AgentLink::flush`] sends it.
@@ -247,7 +261,8 @@ impl Agent for AgentLink {
     }
 
     fn identify(&mut self, identity: &Identity) -> Result<(), AgentError> {
-        self.queue(&HostFrame::Identify(Box::new(identity_frame(identity))))?;
+        let hostname = self.hostname.take().unwrap_or_else(|| identity.number.to_string());
+        self.queue(&HostFrame::Identify(Box::new(identity_frame(identity, hostname))))?;
         if let Some(exec) = self.command.take() {
             self.queue(&HostFrame::Exec { stream: COMMAND_STREAM, exec: Box::new(exec) })?;
         }
@@ -259,11 +274,33 @@ impl Agent for AgentLink {
         // Sent along with the identity; that it happened is read with the command's own frames.
         Ok(())
     }
+
+    fn rehearse(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        let step = "run a command in the clone";
+        self.command = Some(Exec::user(REHEARSAL));
+        self.identify(identity)?;
+        self.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
+        let deadline = Instant::now() + self.limits.rehearsal;
+        let (mut exited, mut thawed) = (false, false);
+        while !(exited && thawed) {
+            match self.wait_frame(step, deadline, self.limits.rehearsal)? {
+                GuestFrame::Exited { exit, .. } if exit.status() == 0 => exited = true,
+                GuestFrame::Exited { exit, .. } => {
+                    let message = format!("{REHEARSAL:?} ended with status {}", exit.status());
+                    return Err(AgentError::Failed { step, message });
+                }
+                GuestFrame::Failed { failed, .. } => return Err(failure(step, &failed)),
+                GuestFrame::Done(Op::Thaw) => thawed = true,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
-fn identity_frame(identity: &Identity) -> qrexec::Identity {
+fn identity_frame(identity: &Identity, hostname: String) -> qrexec::Identity {
     qrexec::Identity {
-        hostname: identity.number.to_string(),
+        hostname,
         machine_id: identity.machine_id,
         entropy: identity.entropy,
         realtime_ns: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64,

@@ -1,12 +1,19 @@
 //! What the binaries share: where the state is, what the environment says, how an error ends a program.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
 
 use crate::error::{Error, Kind, Result};
 use crate::machine::ThisMachine;
 use crate::output::error_text;
 use crate::state::State;
+
+/// What runs in a qube when no command is given: a login shell.
+pub const LOGIN_SHELL: [&str; 3] = ["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"];
 
 /// Options every command has.
 #[derive(Debug, clap::Args)]
@@ -40,6 +47,58 @@ impl Common {
     }
 }
 
+/// `--generate man|bash|zsh|fish`, as the only arguments, has any of our commands write its own manual page or completion, which is
+/// what `make man` does; the program ends there. Otherwise nothing happens.
+pub fn generate_if_asked<P: CommandFactory>() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [option, kind] = &arguments[..] else { return };
+    if option != "--generate" {
+        return;
+    }
+    let mut command = P::command();
+    let name = command.get_name().to_owned();
+    let mut out = Vec::new();
+    let made = match kind.as_str() {
+        "man" => manual(command, &mut out),
+        shell => match shell.parse::<Shell>() {
+            Ok(shell) => {
+                clap_complete::generate(shell, &mut command, name, &mut out);
+                Ok(())
+            }
+            Err(_) => {
+                Err(std::io::Error::other(format!("--generate knows man, bash, zsh and fish, not {shell:?}")))
+            }
+        },
+    };
+    match made.and_then(|()| std::io::stdout().write_all(&out)) {
+        Ok(()) => std::process::exit(0),
+        Err(error) => {
+            eprintln!("{}: {error}", P::command().get_name());
+            std::process::exit(2);
+        }
+    }
+}
+
+/// One page for a command and its subcommands.
+fn manual(mut command: clap::Command, out: &mut Vec<u8>) -> std::io::Result<()> {
+    command.build();
+    let subcommands: Vec<clap::Command> =
+        command.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
+    clap_mangen::Man::new(command).render(out)?;
+    for subcommand in subcommands.into_iter().filter(|command| command.get_name() != "help") {
+        let name = subcommand.get_bin_name().unwrap_or_else(|| subcommand.get_name()).to_owned();
+        let page = clap_mangen::Man::new(subcommand.display_name(&name));
+        writeln!(out, ".SH \"{}\"", name.to_uppercase())?;
+        let mut section = Vec::new();
+        page.render_synopsis_section(&mut section)?;
+        page.render_description_section(&mut section)?;
+        page.render_options_section(&mut section)?;
+        // Its sections become parts of ours.
+        out.extend(String::from_utf8_lossy(&section).replace(".SH ", ".SS ").into_bytes());
+    }
+    Ok(())
+}
+
 /// The machine, as the environment describes it.
 pub fn machine() -> Result<ThisMachine> {
     let volume_memory_mib = match std::env::var("DISPVM_VOLUME_MEMORY_MIB") {
@@ -53,6 +112,16 @@ pub fn machine() -> Result<ThisMachine> {
         path: std::env::var_os("PATH").unwrap_or_default(),
         volume_memory_mib,
     })
+}
+
+/// Has the log written to standard error: warnings, and with DISPVM_LOG=info or debug more.
+pub fn start_log() {
+    let level = match std::env::var("DISPVM_LOG").as_deref() {
+        Ok("debug") => tracing::Level::DEBUG,
+        Ok("info") => tracing::Level::INFO,
+        _ => tracing::Level::WARN,
+    };
+    tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false).init();
 }
 
 /// Prints an error, once, and answers the status.

@@ -28,10 +28,22 @@ pub struct CloneRecord {
     pub root_hash: String,
     /// The template's root generation, which stays while a clone uses it.
     pub template: (String, u64),
-    /// The keeper's process id.
+    /// The process that keeps it.
     pub pid: u32,
+    /// What that process is.
+    pub keeping: Keeping,
     /// Seconds since 1970.
     pub started: u64,
+}
+
+/// What keeps a clone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Keeping {
+    /// The command that made it, and uses it.
+    Launcher,
+    /// A keeper of `dispvmd`'s, which answers to SIGUSR1.
+    Keeper,
 }
 
 /// A name and its record, held as long as the clone lives. Dropping it removes the record and sends the name to rest.
@@ -44,7 +56,13 @@ pub struct Lease {
 
 impl Lease {
     /// Takes a name for a clone of `dvm` and writes its record.
-    pub fn take(state: &State, dvm: &str, root_hash: &str, template: (String, u64)) -> Result<Lease> {
+    pub fn take(
+        state: &State,
+        dvm: &str,
+        root_hash: &str,
+        template: (String, u64),
+        keeping: Keeping,
+    ) -> Result<Lease> {
         loop {
             let number = names::take(state, |number| {
                 is_alive(&state.clones().join(number.to_string())).unwrap_or(true)
@@ -63,6 +81,7 @@ impl Lease {
                 root_hash: root_hash.to_owned(),
                 template,
                 pid: std::process::id(),
+                keeping,
                 started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
             };
             let bytes = serde_json::to_vec(&record).map_err(Error::failed("write the clone's record"))?;
@@ -147,7 +166,8 @@ mod tests {
     fn a_lease_is_listed_while_it_lives_and_a_dead_ones_record_is_swept() {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
-        let lease = Lease::take(&state, "debian-dvm", "", ("debian-12".into(), 1)).unwrap();
+        let lease =
+            Lease::take(&state, "debian-dvm", "", ("debian-12".into(), 1), Keeping::Launcher).unwrap();
         assert_eq!(list(&state).unwrap()[0].name, lease.number().to_string());
         // What a killed keeper leaves: a record without a lock.
         fs::copy(&lease.path, state.clones().join("disp5")).unwrap();

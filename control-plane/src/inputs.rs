@@ -5,13 +5,14 @@
 
 use std::str::FromStr;
 
-use engine::host::{GuestSpec, HostFacts, Nic, VolumeSpec};
+use engine::host::{Base, GuestSpec, HostFacts, Nic, VolumeSpec};
 use engine::savefile::{Manifest, VolumeInfo, SCHEMA};
 use engine::units::ByteCount;
 
 use crate::error::{Error, Kind, Result};
 use crate::qube::{Dvm, Qube, Template};
 use crate::state::State;
+use crate::templates::VOLUME_MIB;
 
 /// A DVM template with its TemplateVM, as a guest to build or launch.
 #[derive(Debug, Clone)]
@@ -125,7 +126,8 @@ fn comparable(manifest: &Manifest) -> Manifest {
     }
 }
 
-fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<GuestSpec> {
+/// The guest with these settings on that template.
+pub(crate) fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<GuestSpec> {
     let files = state.root_generation(&dvm.template, template.generation);
     let mib = |mib: u64| ByteCount(mib << 20);
     if !(64..=1 << 20).contains(&dvm.memory_mib) || !(1..=64).contains(&dvm.vcpus) {
@@ -134,6 +136,15 @@ fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<Gue
             format!("{name}: {} MiB and {} vCPUs", dvm.memory_mib, dvm.vcpus),
         )
         .hint("memory_mib is from 64 to 1048576, vcpus from 1 to 64"));
+    }
+    if !VOLUME_MIB.contains(&dvm.private_mib) || !VOLUME_MIB.contains(&dvm.volatile_mib) {
+        let volumes = format!("{} MiB and {} MiB", dvm.private_mib, dvm.volatile_mib);
+        return Err(Error::new(Kind::Usage, format!("{name}: private and volatile volumes of {volumes}"))
+            .hint(format!(
+                "private_mib and volatile_mib are from {} to {}",
+                VOLUME_MIB.start(),
+                VOLUME_MIB.end()
+            )));
     }
     Ok(GuestSpec {
         memory: mib(dvm.memory_mib),
@@ -144,15 +155,15 @@ fn spec(state: &State, name: &str, dvm: &Dvm, template: &Template) -> Result<Gue
         volumes: vec![
             VolumeSpec {
                 name: "root".into(),
-                base: Some(files.join("root.img")),
+                base: Base::Frozen(files.join("root.img")),
                 size: ByteCount(template.root_bytes),
             },
             VolumeSpec {
                 name: "private".into(),
-                base: Some(state.private_image(name, dvm.private_generation)),
+                base: Base::Frozen(state.private_image(name, dvm.private_generation)),
                 size: mib(dvm.private_mib),
             },
-            VolumeSpec { name: "volatile".into(), base: None, size: mib(dvm.volatile_mib) },
+            VolumeSpec { name: "volatile".into(), base: Base::Empty, size: mib(dvm.volatile_mib) },
         ],
         nic: parse_nic(&dvm.net)?,
     })
@@ -168,5 +179,34 @@ pub fn parse_nic(net: &str) -> Result<Nic> {
             _ => Err(Error::new(Kind::Usage, format!("{net:?} is no network"))
                 .hint("net is `none`, `user` or `tap:INTERFACE`")),
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes are shifted: one from a record written by hand could lose its upper bits and be a volume of nothing.
+    #[test]
+    fn sizes_outside_the_limits_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let template = Template {
+            generation: 1,
+            root_hash: "ab".into(),
+            root_bytes: 1 << 20,
+            kernel_hash: "00".into(),
+            initrd_hash: "01".into(),
+            cmdline: String::new(),
+        };
+        let good = crate::qube::tests::dvm("debian-dvm").dvm().unwrap().clone();
+        assert!(spec(&state, "debian-dvm", &good, &template).is_ok());
+        for bad in [
+            Dvm { private_mib: 1 << 44, ..good.clone() },
+            Dvm { volatile_mib: 0, ..good.clone() },
+            Dvm { memory_mib: 1 << 44, ..good.clone() },
+        ] {
+            assert_eq!(spec(&state, "debian-dvm", &bad, &template).unwrap_err().kind, Kind::Usage, "{bad:?}");
+        }
     }
 }

@@ -2,13 +2,11 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use engine::close;
-use engine::host::Host;
-use engine::identity::Identity;
+use engine::host::{Domain, Host};
+use engine::identity::{CloneNumber, Identity};
 use engine::image::hot::HotFiles;
 use engine::launch::{self, Clone, LaunchError};
 use engine::timeline::Timeline;
@@ -17,12 +15,14 @@ use qrexec::{Exec, Exit};
 use serde_json::{json, Value};
 
 use crate::agent_link::AgentLink;
-use crate::clones::{self, Lease};
+use crate::clones::{self, Keeping, Lease};
+use crate::daemon;
+use crate::daemon::client::{Found, HandedOut, Lifeline};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::Guest;
 use crate::machine::{self, Machine};
 use crate::savefiles::{self, Readiness};
-use crate::session::{self, Caller, Ending, Signals};
+use crate::session::{self, Attended, Caller, Ending, Signals};
 use crate::state::{self, State};
 
 /// The launch itself failed.
@@ -50,6 +50,8 @@ pub struct Report {
     pub host: String,
     /// The savefile's generation; `None` after a cold boot.
     pub generation: Option<u64>,
+    /// Whether it was a spare.
+    pub spare: bool,
     /// How the command ended.
     pub ending: Ending,
     /// The phases.
@@ -77,7 +79,7 @@ impl Report {
             "name": self.name,
             "host": self.host,
             "generation": self.generation,
-            "spare": false,
+            "spare": self.spare,
             "cold_boot": self.generation.is_none(),
             "exit_status": self.exit_status(),
             "command_found": !matches!(self.ending, Ending::Exited(Exit::NotFound(_))),
@@ -86,19 +88,83 @@ impl Report {
     }
 }
 
+/// A running clone, and what holds it.
+enum Held {
+    /// We do.
+    Here { domain: Box<dyn Domain>, lease: Lease },
+    /// A keeper does, as long as it has our lifeline.
+    Kept { lifeline: Lifeline },
+}
+
+/// A clone that runs the command already.
+struct Launched {
+    number: CloneNumber,
+    host: String,
+    generation: Option<u64>,
+    link: AgentLink,
+    held: Held,
+}
+
 /// Launches a clone, runs the command in it, and destroys it.
 pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(&str)) -> Result<Report> {
     let mut timeline = Timeline::since(request.start);
     machine::forbid_core_dump()?;
+    let found = daemon::client::spare(state, &request.dvm);
+    let spare = matches!(found, Found::Spare(_));
+    let mut launched = match found {
+        Found::Spare(spare) => take_over(spare, request.exec, &mut timeline)?,
+        Found::None { rebuilding } => launch(state, machine, request, !rebuilding, say, &mut timeline)?,
+        Found::NoDaemon => launch(state, machine, request, true, say, &mut timeline)?,
+    };
+    let ending = converse(&mut launched, &mut timeline)?;
+    let Launched { number, host, generation, link, held } = launched;
+    drop(link);
+    match held {
+        Held::Here { domain, lease } => {
+            close::close(Clone { domain, agent: () }).map_err(Error::failed("end the clone"))?;
+            drop(lease);
+        }
+        Held::Kept { lifeline } => lifeline.end().map_err(Error::failed("end the clone"))?,
+    }
+    timeline.mark("closed");
+    Ok(Report { name: number.to_string(), host, generation, spare, ending, timeline })
+}
+
+/// Makes a spare ours: it is given the time, fresh entropy and the command, and goes on.
+fn take_over(found: HandedOut, exec: Exec, timeline: &mut Timeline) -> Result<Launched> {
+    let HandedOut { spare, number, agent, lifeline } = found;
+    timeline.mark("prepared");
+    let identity = Identity::again(number, spare.machine_id).map_err(Error::failed("draw entropy"))?;
+    let mut link = AgentLink::with_command(Box::new(agent), exec);
+    launch::become_somebody(&mut link, &identity, timeline)
+        .map_err(|error| launch_error(LaunchError::Agent(error)))?;
+    let held = Held::Kept { lifeline };
+    Ok(Launched { number, host: spare.host, generation: Some(spare.generation), link, held })
+}
+
+/// Makes a clone: restores it, or boots it cold.
+fn launch(
+    state: &State,
+    machine: &dyn Machine,
+    request: Request,
+    may_rebuild: bool,
+    say: &dyn Fn(&str),
+    timeline: &mut Timeline,
+) -> Result<Launched> {
     clones::sweep(state)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     let guest = Guest::load(state, &request.dvm)?;
     let host = machine.host(state, &guest.spec.kernel)?;
-    let image = ready_image(state, &guest, &*host, request.rebuild, say)?;
+    let rebuild = match (request.rebuild, may_rebuild) {
+        (false, _) => Rebuild::No,
+        (true, true) => Rebuild::Start,
+        (true, false) => Rebuild::UnderWay,
+    };
+    let image = ready_image(state, &guest, &*host, rebuild, say)?;
     let generation = image.as_ref().map(|(generation, ..)| *generation);
     let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
-    let lease = Lease::take(state, &guest.dvm_name, &root_hash, template)?;
+    let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
     machine::check_memory(machine, &guest.spec, &confinement)?;
@@ -108,18 +174,20 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     let connect = |pipe| AgentLink::with_command(pipe, request.exec).limited(machine.agent_limits());
     let spec = &guest.spec;
     let launched = match image {
-        Some((.., files)) => {
-            launch::restore(&*host, spec, files, &confinement, &identity, connect, &mut timeline)
-        }
-        None => launch::cold(&*host, spec, &confinement, &identity, connect, &mut timeline),
+        Some((.., files)) => launch::restore(&*host, spec, files, &confinement, &identity, connect, timeline),
+        None => launch::cold(&*host, spec, &confinement, &identity, connect, timeline),
     };
-    let mut clone = launched.map_err(launch_error)?;
-    let ending = converse(&mut clone, &mut timeline)?;
-    close::close(clone).map_err(Error::failed("end the clone"))?;
-    let name = lease.number().to_string();
-    drop(lease);
-    timeline.mark("closed");
-    Ok(Report { name, host: host.facts().kind.clone(), generation, ending, timeline })
+    let Clone { domain, agent: link } = launched.map_err(launch_error)?;
+    let (number, host) = (lease.number(), host.facts().kind.clone());
+    Ok(Launched { number, host, generation, link, held: Held::Here { domain, lease } })
+}
+
+/// What is done about a savefile that does not serve.
+#[derive(Clone, Copy)]
+enum Rebuild {
+    No,
+    Start,
+    UnderWay,
 }
 
 /// The admitted image of a fresh savefile. Without one: says why, starts the rebuild, and answers `None`.
@@ -127,48 +195,37 @@ fn ready_image(
     state: &State,
     guest: &Guest,
     host: &dyn Host,
-    rebuild: bool,
+    rebuild: Rebuild,
     say: &dyn Fn(&str),
 ) -> Result<Option<(u64, String, HotFiles)>> {
-    match savefiles::ready(state, guest, host)? {
-        Readiness::Ready { generation, root_hash, files } => Ok(Some((generation, root_hash, files))),
-        Readiness::Not { reason } if !rebuild => {
-            say(&format!("{reason}; booting cold"));
-            Ok(None)
-        }
-        Readiness::Not { reason } => {
+    let reason = match savefiles::ready(state, guest, host)? {
+        Readiness::Ready { generation, root_hash, files } => return Ok(Some((generation, root_hash, files))),
+        Readiness::Not { reason } => reason,
+    };
+    let started = match rebuild {
+        Rebuild::Start => savefiles::start_rebuild(state, &guest.dvm_name).map(drop),
+        Rebuild::No | Rebuild::UnderWay => Ok(()),
+    };
+    match (rebuild, started) {
+        (Rebuild::No, _) => say(&format!("{reason}; booting cold")),
+        (_, Ok(())) => {
             say(&format!("{reason}; booting cold, a savefile is being built for the next launch"));
-            if let Err(error) = start_rebuild(state, guest) {
-                say(&format!("cannot start the rebuild: {error}"));
-            }
-            Ok(None)
         }
+        (_, Err(error)) => say(&format!("{reason}; booting cold, and cannot start the rebuild: {error}")),
     }
-}
-
-/// Starts `dispvm-savefile build` in a session of its own, at low priority: it outlives us and our terminal. It ends by
-/// itself when another build of the same template is under way.
-fn start_rebuild(state: &State, guest: &Guest) -> io::Result<()> {
-    let program = std::env::current_exe()?.with_file_name("dispvm-savefile");
-    let mut command = Command::new("setsid");
-    command.args(["nice", "-n", "10"]).arg(program).arg("--root").arg(state.root());
-    command.args(["build", "--background"]).arg(&guest.dvm_name);
-    std::fs::create_dir_all(state.savefiles(&guest.dvm_name))?;
-    let log = std::fs::File::create(rebuild_log(state, guest))?;
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().map(drop)
-}
-
-/// What the last rebuild had to say.
-fn rebuild_log(state: &State, guest: &Guest) -> PathBuf {
-    state.savefiles(&guest.dvm_name).join("build.log")
+    Ok(None)
 }
 
 /// Carries the command's streams until it ends.
-fn converse(clone: &mut Clone<AgentLink>, timeline: &mut Timeline) -> Result<Ending> {
+fn converse(launched: &mut Launched, timeline: &mut Timeline) -> Result<Ending> {
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
-    session::run(&mut clone.agent, &mut clone.domain, &caller, &mut signals, timeline)
+    let attended: &mut dyn Attended = match &mut launched.held {
+        Held::Here { domain, .. } => domain,
+        Held::Kept { lifeline } => lifeline,
+    };
+    session::run(&mut launched.link, attended, &caller, &mut signals, timeline)
         .map_err(Error::failed("run the command in the clone"))
 }
 

@@ -1,12 +1,14 @@
 //! The control plane: qubes and their settings, savefiles of DVM templates, and the launch of a clone.
 //!
-//! Rooms: [`state`] (the state folder), [`qube`] (records), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
+//! Rooms: [`state`] (the state folder), [`qube`] (records), [`templates`] and [`volume`] (their files), [`start`] (a qube itself, to
+//! change it), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
 //! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`savefiles`] (build, list, verify, rm, gc),
-//! [`launcher`] (a launch from request to exit status), [`cli`] (what the binaries share), [`error`].
+//! [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`cli`] (what the binaries share), [`error`].
 
 pub mod agent_link;
 pub mod cli;
 pub mod clones;
+pub mod daemon;
 pub mod error;
 pub mod inputs;
 pub mod launcher;
@@ -16,5 +18,7 @@ pub mod output;
 pub mod qube;
 pub mod savefiles;
 pub mod session;
+pub mod start;
 pub mod state;
 pub mod templates;
+pub mod volume;

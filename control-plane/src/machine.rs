@@ -88,12 +88,14 @@ pub fn confinement(state: &State, machine: &dyn Machine, number: CloneNumber) ->
         volume_memory_max: machine.volume_memory_max(),
         spill_dir: state.root().to_owned(),
         background: false,
+        keep_from_swap: true,
     }
 }
 
 /// The most a clone may come to use.
 pub fn memory_needed(spec: &GuestSpec, confinement: &Confinement) -> u64 {
-    spec.memory.0 + spec.volumes.len() as u64 * confinement.volume_memory_max.0
+    let in_memory = spec.volumes.iter().filter(|volume| !volume.base.is_persistent()).count();
+    spec.memory.0 + in_memory as u64 * confinement.volume_memory_max.0
 }
 
 /// Refuses a clone for which there would not be enough memory if it took all it may: the host's OOM killer shall never

@@ -3,9 +3,10 @@
 //! Invariants: a record is written aside and renamed, so it is never half there; a name is a legal Qubes name, so it
 //! is safe as a file name; unknown keys are refused, so that a typing mistake does not go unnoticed.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
@@ -75,6 +76,9 @@ pub struct Dvm {
     pub private_id: String,
     /// Size of the volatile volume in MiB.
     pub volatile_mib: u64,
+    /// How many clones `dispvmd` keeps ready; without it, as many as the daemon was told.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub spares: Option<u32>,
     /// The savefile in use.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub savefile: Option<SavefilePin>,
@@ -102,15 +106,26 @@ impl Qube {
                 .hint("`dispvm-qube list` shows those there are"),
             _ => Error::io("read", &path)(error),
         })?;
-        let qube: Qube = toml::from_str(&text)
-            .map_err(|error| Error::new(Kind::Failed, format!("{}: {}", path.display(), error.message())))?;
+        Qube::parse(name, &text).map_err(|why| Error::new(Kind::Failed, format!("{}: {why}", path.display())))
+    }
+
+    /// Reads the text of `name`'s record. Error: what is wrong with it.
+    pub fn parse(name: &str, text: &str) -> std::result::Result<Qube, String> {
+        let qube: Qube = toml::from_str(text).map_err(|error| error.message().to_owned())?;
         if qube.name != name {
-            return Err(Error::new(
-                Kind::Failed,
-                format!("{} is the record of {:?}", path.display(), qube.name),
-            ));
+            return Err(format!("it is the record of {:?}", qube.name));
+        }
+        check_label(&qube.label).map_err(|error| error.to_string())?;
+        if let Class::AppVM(dvm) = &qube.class {
+            // It becomes the name of a folder.
+            check_name(&dvm.template).map_err(|error| format!("template: {error}"))?;
         }
         Ok(qube)
+    }
+
+    /// The record's text.
+    pub fn to_text(&self) -> Result<String> {
+        toml::to_string(self).map_err(Error::failed("write the qube's record"))
     }
 
     /// Writes the record.
@@ -118,8 +133,7 @@ impl Qube {
         check_name(&self.name)?;
         check_label(&self.label)?;
         state::make_folder(&state.qube(&self.name))?;
-        let text = toml::to_string(self).map_err(Error::failed("write the qube's record"))?;
-        state::replace_file(&record_path(state, &self.name), text.as_bytes())
+        state::replace_file(&record_path(state, &self.name), self.to_text()?.as_bytes())
     }
 
     /// All qubes, by name. One that is being removed meanwhile is left out; a record that cannot be read is an error.
@@ -170,6 +184,14 @@ pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> R
         Class::TemplateVM(_) => return Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
     }
     qube.save(state)
+}
+
+/// Takes the lock that a qube's keeper holds while the qube runs itself; refused while it does. Its folder must be there.
+pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
+    state::try_lock(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
+        Error::new(Kind::Refused, format!("{name} is running"))
+            .hint(format!("wait until its `dispvm-qube start {name}` has ended"))
+    })
 }
 
 /// The DVM template to use when none is named: the only one there is.
@@ -229,6 +251,7 @@ pub(crate) mod tests {
                 private_generation: 1,
                 private_id: "x".into(),
                 volatile_mib: 1024,
+                spares: None,
                 savefile: None,
             }),
         }
@@ -258,5 +281,11 @@ pub(crate) mod tests {
         let mut qube = dvm("a");
         qube.label = "pink".into();
         assert!(qube.save(&state).is_err());
+        let text = dvm("a").to_text().unwrap();
+        assert!(Qube::parse("a", &text).is_ok());
+        let why = |from: &str, to: &str| Qube::parse("a", &text.replace(from, to)).unwrap_err();
+        assert!(why("\"red\"", "\"pink\"").contains("no label"));
+        assert!(why("\"debian-12\"", "\"../../etc\"").contains("template"));
+        assert!(why("\"a\"", "\"b\"").contains("record of"));
     }
 }

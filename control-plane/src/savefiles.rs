@@ -4,21 +4,25 @@
 //! - One build per template at a time, under a lock that dies with its builder.
 //! - The record pins a savefile only after the new file has been written, verified and admitted; until then the
 //!   old one serves, if its inputs are still the same.
-//! - A savefile, a hot image and a template's root generation stay while a record pins them or a living clone uses them.
+//! - A savefile, a hot image and a template's root generation stay while a record pins them or a living clone uses them; old
+//!   generations of a private volume, while any clone of its DVM template lives.
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use engine::build::{self, BuildError, Order, Watch};
 use engine::host::{Host, HostError};
 use engine::image::hot::{HotFiles, HotImage};
+use engine::launch::LaunchError;
 use engine::savefile::{self, Manifest, ReadBackend, RootHash, Savefile};
 use engine::timeline::Timeline;
 
 use crate::agent_link::AgentLink;
-use crate::clones::{self, Lease};
+use crate::clones::{self, Keeping, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
 use crate::machine::{self, Machine};
@@ -42,6 +46,19 @@ pub enum Readiness {
         /// Why.
         reason: String,
     },
+}
+
+/// The savefile that serves launches.
+#[derive(Debug, Clone)]
+pub struct Serving {
+    /// Its generation.
+    pub generation: u64,
+    /// Its root hash.
+    pub root: RootHash,
+    /// The same, as text.
+    pub root_hash: String,
+    /// The hash of what it was built from.
+    pub inputs: String,
 }
 
 /// How a template's savefile stands.
@@ -112,7 +129,7 @@ pub fn build(
     let lock_path = folder.join("build.lock");
     let _lock = match wait {
         true => state::lock(&lock_path)?,
-        false => match state::try_lock(&lock_path)? {
+        false => match state::try_lock_patiently(&lock_path)? {
             Some(lock) => lock,
             None => return Ok(None),
         },
@@ -128,7 +145,8 @@ pub fn build(
     let expected = guest.manifest(host.facts());
     let pinned_inputs = inputs::hash(&expected)?;
     let path = state.savefile(dvm, generation);
-    let lease = Lease::take(state, dvm, "", (guest.dvm.template.clone(), guest.template.generation))?;
+    let template = (guest.dvm.template.clone(), guest.template.generation);
+    let lease = Lease::take(state, dvm, "", template, Keeping::Launcher)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
     machine::check_memory(machine, &guest.spec, &confinement)?;
@@ -214,42 +232,105 @@ fn generations(folder: &Path) -> Result<Vec<u64>> {
         .collect())
 }
 
-/// The admitted files of the template's savefile, admitted now if they are not yet.
-pub fn ready(state: &State, guest: &Guest, host: &dyn Host) -> Result<Readiness> {
+/// The savefile that serves launches of the template, or, in words, why none does. Reads the record, and the header of the file.
+pub fn serving(
+    state: &State,
+    guest: &Guest,
+    host: &dyn Host,
+) -> Result<std::result::Result<Serving, String>> {
     let name = &guest.dvm_name;
-    let Some(pin) = &guest.dvm.savefile else {
-        return Ok(Readiness::Not { reason: format!("{name} has no savefile") });
-    };
+    let Some(pin) = &guest.dvm.savefile else { return Ok(Err(format!("{name} has no savefile"))) };
+    let path = state.savefile(name, pin.generation);
     let expected = guest.manifest(host.facts());
     if inputs::hash(&expected)? != pin.inputs {
-        let path = state.savefile(name, pin.generation);
         let what = match savefile::peek(&path, None) {
             Ok(peek) => inputs::differences(&expected, &peek.manifest).join("; "),
             Err(_) => "its inputs have changed".to_owned(),
         };
-        return Ok(Readiness::Not { reason: format!("the savefile of {name} is stale ({what})") });
+        return Ok(Err(format!("the savefile of {name} is stale ({what})")));
     }
     let root = parse_root(pin)?;
-    let found = match HotImage::find(&state.hot(), &root) {
-        Ok(Some(found)) => Ok(found),
-        Ok(None) => {
-            let path = state.savefile(name, pin.generation);
-            HotImage::admit(&path, &root, &state.hot(), host, ReadBackend::Ring, &savefile::silent)
-        }
-        Err(error) => Err(error),
-    };
-    match found {
-        Ok(image) => Ok(Readiness::Ready {
-            generation: pin.generation,
-            root_hash: pin.root_hash.clone(),
-            files: image.files,
-        }),
-        Err(error) => {
-            let error = Error::new(Kind::Unusable, "").because(error);
-            let reason = crate::output::error_text(&error);
-            Ok(Readiness::Not { reason: format!("the savefile of {name} cannot be used{reason}") })
-        }
+    // Also where its hot image is admitted already: a file that was replaced shall not go unnoticed until the next boot.
+    if let Err(error) = savefile::check_root(&path, &root) {
+        return Ok(Err(unusable_text(name, error)));
     }
+    let (root_hash, inputs) = (pin.root_hash.clone(), pin.inputs.clone());
+    Ok(Ok(Serving { generation: pin.generation, root, root_hash, inputs }))
+}
+
+/// The admitted files of the template's savefile, admitted now if they are not yet.
+pub fn ready(state: &State, guest: &Guest, host: &dyn Host) -> Result<Readiness> {
+    let serving = match serving(state, guest, host)? {
+        Ok(serving) => serving,
+        Err(reason) => return Ok(Readiness::Not { reason }),
+    };
+    let found = match HotImage::find(&state.hot(), &serving.root) {
+        Ok(None) => {
+            let path = state.savefile(&guest.dvm_name, serving.generation);
+            let silent = &savefile::silent;
+            HotImage::admit(&path, &serving.root, &state.hot(), host, ReadBackend::Ring, silent).map(Some)
+        }
+        found => found,
+    };
+    Ok(match found {
+        Ok(Some(HotImage { files, .. })) => {
+            Readiness::Ready { generation: serving.generation, root_hash: serving.root_hash, files }
+        }
+        Ok(None) => Readiness::Not { reason: format!("the savefile of {} is gone", guest.dvm_name) },
+        Err(error) => Readiness::Not { reason: unusable_text(&guest.dvm_name, error) },
+    })
+}
+
+fn unusable_text(name: &str, error: savefile::Error) -> String {
+    let error = Error::new(Kind::Unusable, format!("the savefile of {name} cannot be used")).because(error);
+    crate::output::error_text(&error)
+}
+
+/// How the rebuilding of a savefile stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Rebuild {
+    /// Somebody is at it.
+    UnderWay,
+    /// The last one in the background failed: its last words, and where the others are.
+    Failed(String, PathBuf),
+    /// Nothing to tell.
+    Quiet,
+}
+
+/// How the rebuilding of the savefile of `dvm` stands.
+pub fn rebuild(state: &State, dvm: &str) -> Rebuild {
+    if is_building(state, dvm) {
+        return Rebuild::UnderWay;
+    }
+    let log = rebuild_log(state, dvm);
+    let text = fs::read_to_string(&log).unwrap_or_default();
+    match text.lines().rev().find(|line| !line.trim().is_empty()) {
+        Some(last) => Rebuild::Failed(last.to_owned(), log),
+        None => Rebuild::Quiet,
+    }
+}
+
+/// Whether somebody is building a savefile of `dvm`.
+pub fn is_building(state: &State, dvm: &str) -> bool {
+    let path = state.savefiles(dvm).join("build.lock");
+    path.exists() && matches!(state::is_locked(&path), Ok(true))
+}
+
+/// Starts `dispvm-savefile build` in a session of its own, at low priority: it outlives us and our terminal. It ends by
+/// itself when another build of the same template is under way.
+pub fn start_rebuild(state: &State, dvm: &str) -> io::Result<Child> {
+    let program = std::env::current_exe()?.with_file_name("dispvm-savefile");
+    let mut command = Command::new("setsid");
+    command.args(["nice", "-n", "10"]).arg(program).arg("--root").arg(state.root());
+    command.args(["build", "--background"]).arg(dvm);
+    fs::create_dir_all(state.savefiles(dvm))?;
+    let log = fs::File::create(rebuild_log(state, dvm))?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()
+}
+
+/// What the last rebuild had to say.
+pub fn rebuild_log(state: &State, dvm: &str) -> PathBuf {
+    state.savefiles(dvm).join("build.log")
 }
 
 /// How the savefile of `dvm` stands, by its header and manifest.
@@ -316,6 +397,8 @@ pub struct Collected {
     pub hot_images: usize,
     /// Template generations that are neither current nor used.
     pub root_generations: usize,
+    /// Generations of private volumes that are not current, of DVM templates no clone of which lives.
+    pub private_generations: usize,
 }
 
 /// Removes what nothing needs any more: old savefiles, hot images, template generations, dead clones' records.
@@ -336,6 +419,9 @@ pub fn collect(state: &State) -> Result<Collected> {
                 roots.extend(pinned.map(|pin| pin.root_hash.clone()));
                 collected.savefiles +=
                     remove_old_savefiles(state, &qube.name, pinned.map(|pin| pin.generation))?;
+                if living.iter().all(|clone| clone.dvm != qube.name) {
+                    collected.private_generations += remove_old_privates(state, &qube.name)?;
+                }
             }
             Class::TemplateVM(template) => {
                 generations_used.insert((qube.name.clone(), template.generation));
@@ -369,6 +455,23 @@ fn remove_old_savefiles(state: &State, dvm: &str, pinned: Option<u64>) -> Result
         let path = state.savefile(dvm, generation);
         fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         removed += 1;
+    }
+    Ok(removed)
+}
+
+/// All but the current one.
+fn remove_old_privates(state: &State, name: &str) -> Result<usize> {
+    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
+    let Class::AppVM(dvm) = Qube::load(state, name)?.class else { return Ok(0) };
+    let current = state.private_image(name, dvm.private_generation);
+    let folder = state.qube(name).join("private");
+    let mut removed = 0;
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+        let path = entry.map_err(Error::io("list", &folder))?.path();
+        if path != current {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            removed += 1;
+        }
     }
     Ok(removed)
 }
@@ -417,7 +520,8 @@ fn savefile_error(error: savefile::Error) -> Error {
 
 fn build_error(error: BuildError) -> Error {
     let kind = match &error {
-        BuildError::Host(HostError::Refused { .. }) => Kind::Refused,
+        BuildError::Host(HostError::Refused { .. })
+        | BuildError::Rehearsal(LaunchError::Host(HostError::Refused { .. })) => Kind::Refused,
         _ => Kind::Failed,
     };
     Error::new(kind, "the savefile cannot be built").because(error)

@@ -84,6 +84,13 @@ impl Signals {
     }
 }
 
+impl AsFd for Signals {
+    /// Readable when one is pending.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// The caller's three streams.
 pub struct Caller<'a> {
     /// Read until its end.

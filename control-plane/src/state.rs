@@ -5,9 +5,11 @@
 //! ROOT/qubes/TEMPLATE/root/GEN/{root.img,vmlinuz,initrd}    immutable, one folder per generation
 //! ROOT/qubes/DVM/private/GEN.img             immutable
 //! ROOT/qubes/DVM/savefile/GEN.savefile       immutable
+//! ROOT/qubes/NAME/start.lock                 held while the qube runs itself (crate::start)
 //! ROOT/hot/HASH/                             admitted savefiles, by root hash
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
 //! ROOT/use.lock                              see State::use_lock
+//! ROOT/dispvmd.{sock,lock}                   where the daemon listens, and that there is one
 //! ROOT/names                                 when each name was last in use
 //! ROOT/qemu.json                             what was found out about QEMU
 //! ```
@@ -97,6 +99,16 @@ impl State {
         self.root.join("use.lock")
     }
 
+    /// Where `dispvmd` listens.
+    pub fn daemon_socket(&self) -> PathBuf {
+        self.root.join("dispvmd.sock")
+    }
+
+    /// Held by the one `dispvmd` of this folder.
+    pub fn daemon_lock(&self) -> PathBuf {
+        self.root.join("dispvmd.lock")
+    }
+
     /// What was found out about QEMU.
     pub fn qemu_cache(&self) -> PathBuf {
         self.root.join("qemu.json")
@@ -162,6 +174,27 @@ pub fn try_lock(path: &Path) -> Result<Option<Flock<File>>> {
 
 fn lock_file(file: File, path: &Path) -> Result<Flock<File>> {
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| Error::io("lock", path)(error.into()))
+}
+
+/// As [`try_lock`], but not put off by somebody who only wants to know: those let go at once.
+pub fn try_lock_patiently(path: &Path) -> Result<Option<Flock<File>>> {
+    for _ in 0..5 {
+        if let Some(lock) = try_lock(path)? {
+            return Ok(Some(lock));
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    try_lock(path)
+}
+
+/// Whether somebody has the exclusive lock of a file. Asked with a shared lock, so that those who ask do not see each other.
+pub fn is_locked(path: &Path) -> Result<bool> {
+    let file = open_lock(path).map_err(Error::io("open", path))?;
+    match Flock::lock(file, FlockArg::LockSharedNonblock) {
+        Ok(_) => Ok(false),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(true),
+        Err((_, error)) => Err(Error::io("lock", path)(error.into())),
+    }
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {

@@ -1,8 +1,10 @@
-//! Making and removing qubes: TemplateVMs from a root image and a kernel, DVM templates on them.
+//! Making and removing qubes: TemplateVMs from a root image and a kernel, DVM templates on them; and their next generations.
+//!
+//! Invariants: a generation's files stand whole under their names before the record names it, and are never written again.
+//! All of it happens under the record's lock; while a qube runs itself ([`crate::start`]), nobody else gives it a generation.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::clones;
@@ -10,13 +12,12 @@ use crate::error::{Error, Kind, Result};
 use crate::inputs;
 use crate::qube::{self, Class, Dvm, Qube, Template};
 use crate::state::{self, State};
+use crate::volume::{self, copy_immutable, link_immutable, sync_folder};
 
-/// Copied and hashed piece by piece; a piece of zeros becomes a hole.
-const PIECE: usize = 1 << 20;
 /// How the folder of a qube that is being removed ends.
 const REMOVED: &str = ".removed";
 /// The sizes a volume may have, in MiB: room for a file system, and what the hosts' overlays can hold.
-const VOLUME_MIB: std::ops::RangeInclusive<u64> = 32..=4 << 20;
+pub(crate) const VOLUME_MIB: std::ops::RangeInclusive<u64> = 32..=4 << 20;
 
 /// The files of a template's new generation.
 pub struct TemplateFiles<'a> {
@@ -35,16 +36,14 @@ pub struct TemplateFiles<'a> {
 pub fn add_template(state: &State, name: &str, label: &str, files: &TemplateFiles<'_>) -> Result<u64> {
     qube::check_name(name)?;
     let _lock = state::lock_in(&state.qube(name), "record.lock")?;
+    let _not_running = qube::hold_running(state, name)?;
     let before = match Qube::load(state, name) {
         Ok(qube) => Some(qube.template()?.clone()),
         Err(error) if error.kind == Kind::Usage => None,
         Err(error) => return Err(error),
     };
     let generation = before.as_ref().map_or(1, |template| template.generation + 1);
-    let folder = state.root_generation(name, generation);
-    let aside = folder.with_extension("tmp");
-    let _ = fs::remove_dir_all(&aside);
-    state::make_folder(&aside)?;
+    let aside = make_aside(state, name, generation)?;
     let made = (|| {
         let (root_hash, root_bytes) = copy_immutable(files.root, &aside.join("root.img"))?;
         if root_bytes == 0 || root_bytes % engine::units::PAGE_SIZE != 0 {
@@ -66,8 +65,82 @@ pub fn add_template(state: &State, name: &str, label: &str, files: &TemplateFile
         let _ = fs::remove_dir_all(&aside);
         return Ok(before.generation);
     }
+    install_generation(state, name, label, &aside, template)
+}
+
+/// Makes `root`, a file without a name which a TemplateVM of generation `since` has written to, its next generation, with the
+/// kernel and initrd it has. `None`: it is the root that is there already.
+pub fn next_root(state: &State, name: &str, since: u64, root: &File) -> Result<Option<u64>> {
+    let root_hash = volume::hash(root).map_err(Error::failed("read the root volume"))?;
+    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
+    let qube = Qube::load(state, name)?;
+    let before = qube.template()?;
+    expect_generation(name, since, before.generation)?;
+    if before.root_hash == root_hash {
+        return Ok(None);
+    }
+    let template = Template { generation: since + 1, root_hash, ..before.clone() };
+    let (old, aside) = (state.root_generation(name, since), make_aside(state, name, since + 1)?);
+    let filled = volume::publish(root, &aside.join("root.img"))
+        .and_then(|()| link_immutable(&old.join("vmlinuz"), &aside.join("vmlinuz")))
+        .and_then(|()| link_immutable(&old.join("initrd"), &aside.join("initrd")));
+    filled.inspect_err(|_| drop(fs::remove_dir_all(&aside)))?;
+    install_generation(state, name, &qube.label, &aside, template).map(Some)
+}
+
+/// Makes `private`, a file without a name which a DVM template with the private generation `since` has written to, the next
+/// generation. `None`: its bytes are those that are there already.
+pub fn next_private(state: &State, name: &str, since: u64, private: &File) -> Result<Option<u64>> {
+    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
+    let mut qube = Qube::load(state, name)?;
+    let Class::AppVM(dvm) = &mut qube.class else {
+        return Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM")));
+    };
+    expect_generation(name, since, dvm.private_generation)?;
+    let old = state.private_image(name, since);
+    let same = File::open(&old).and_then(|old| volume::same_bytes(&old, private));
+    if same.map_err(Error::io("compare with", &old))? {
+        return Ok(None);
+    }
+    volume::publish(private, &state.private_image(name, since + 1))?;
+    sync_folder(&state.qube(name).join("private"))?;
+    dvm.private_generation = since + 1;
+    dvm.private_id = random_id().map_err(Error::failed("draw an id"))?;
+    qube.save(state)?;
+    Ok(Some(since + 1))
+}
+
+fn expect_generation(name: &str, since: u64, now: u64) -> Result<()> {
+    match since == now {
+        true => Ok(()),
+        false => Err(Error::new(
+            Kind::Failed,
+            format!("{name} was started from generation {since} and has got generation {now} meanwhile"),
+        )),
+    }
+}
+
+/// An empty folder beside that of the generation to make.
+fn make_aside(state: &State, name: &str, generation: u64) -> Result<PathBuf> {
+    let aside = state.root_generation(name, generation).with_extension("tmp");
+    let _ = fs::remove_dir_all(&aside);
+    state::make_folder(&aside)?;
+    Ok(aside)
+}
+
+/// Gives a whole generation its name and has the record name it.
+fn install_generation(
+    state: &State,
+    name: &str,
+    label: &str,
+    aside: &Path,
+    template: Template,
+) -> Result<u64> {
+    let generation = template.generation;
+    let folder = state.root_generation(name, generation);
     let _ = fs::remove_dir_all(&folder);
-    fs::rename(&aside, &folder).map_err(Error::io("rename to", &folder))?;
+    sync_folder(aside)?;
+    fs::rename(aside, &folder).map_err(Error::io("rename to", &folder))?;
     sync_folder(&state.qube(name).join("root"))?;
     let class = Class::TemplateVM(template);
     Qube { name: name.to_owned(), label: label.to_owned(), class }.save(state)?;
@@ -120,6 +193,7 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
         return Err(Error::new(Kind::Refused, format!("{name} is the template of {}", users.join(", ")))
             .hint(format!("`dispvm-qube rm {}` first", users[0])));
     }
+    let _not_running = qube::hold_running(state, name)?;
     let running: Vec<String> =
         clones::list(state)?.into_iter().filter(|clone| clone.dvm == name).map(|clone| clone.name).collect();
     if !running.is_empty() {
@@ -185,46 +259,22 @@ fn make_private(state: &State, name: &str, dvm: &Dvm) -> Result<String> {
         let file = File::options().write(true).create_new(true).open(&path)?;
         file.set_len(dvm.private_mib << 20)?;
         state::make_immutable(&file)?;
-        let mut id = [0u8; 8];
-        File::open("/dev/urandom")?.read_exact(&mut id)?;
-        Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
+        random_id()
     };
     make().map_err(Error::io("make the private volume", &path))
 }
 
-/// Copies a file, leaving holes where it is zero. Answers the blake3 of its bytes, and how many there are.
-fn copy_immutable(from: &Path, to: &PathBuf) -> Result<(String, u64)> {
-    let copy = || -> io::Result<(String, u64)> {
-        let mut source = File::open(from)?;
-        let target = File::options().write(true).create_new(true).open(to)?;
-        let (mut hasher, mut at) = (blake3::Hasher::new(), 0u64);
-        let mut piece = vec![0u8; PIECE];
-        loop {
-            let count = source.read(&mut piece)?;
-            if count == 0 {
-                break;
-            }
-            hasher.update(&piece[..count]);
-            if piece[..count].iter().any(|byte| *byte != 0) {
-                target.write_all_at(&piece[..count], at)?;
-            }
-            at += count as u64;
-        }
-        target.set_len(at)?;
-        state::make_immutable(&target)?;
-        target.sync_all()?;
-        Ok((hasher.finalize().to_hex().to_string(), at))
-    };
-    copy().map_err(Error::io("copy", from))
-}
-
-fn sync_folder(path: &Path) -> Result<()> {
-    File::open(path).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", path))
+/// What no other generation has.
+fn random_id() -> io::Result<String> {
+    let mut id = [0u8; 8];
+    File::open("/dev/urandom")?.read_exact(&mut id)?;
+    Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     fn files(folder: &Path, byte: u8) -> PathBuf {
         let path = folder.join(format!("image-{byte}"));
@@ -252,6 +302,80 @@ mod tests {
         assert!(fs::metadata(&image).unwrap().permissions().readonly());
         assert!(state.root_generation("t", 1).join("root.img").exists(), "the old one may still be needed");
         assert_eq!(fs::read_dir(state.qube("t").join("root")).unwrap().count(), 2);
+    }
+
+    /// A copy of the file at `path` in which one byte is another.
+    fn written(path: &Path, byte: u8) -> File {
+        let copy = volume::unnamed_copy(path, path.parent().unwrap()).unwrap();
+        copy.write_all_at(&[byte], 9000).unwrap();
+        copy
+    }
+
+    #[test]
+    fn what_a_run_has_written_is_the_next_generation_and_nothing_written_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(&folder.path().join("state")).unwrap();
+        add(&state, folder.path(), 1);
+        let image = |generation| state.root_generation("t", generation).join("root.img");
+        assert_eq!(next_root(&state, "t", 1, &written(&image(1), 0)).unwrap(), None);
+        assert!(!image(2).exists());
+        assert_eq!(next_root(&state, "t", 1, &written(&image(1), 7)).unwrap(), Some(2));
+        let qube = Qube::load(&state, "t").unwrap();
+        let template = qube.template().unwrap();
+        let bytes = fs::read(image(2)).unwrap();
+        assert_eq!((bytes[5000], bytes[9000], bytes.len()), (1, 7, 3 << 20));
+        assert_eq!(template.root_hash, blake3::hash(&bytes).to_hex().to_string());
+        assert_eq!((template.generation, &qube.label[..]), (2, "black"));
+        for file in ["vmlinuz", "initrd"] {
+            let of = |generation| fs::read(state.root_generation("t", generation).join(file)).unwrap();
+            assert_eq!(of(1), of(2));
+        }
+        // The same files as the first generation's are a change again.
+        assert_eq!(add(&state, folder.path(), 1), 3);
+        let error = next_root(&state, "t", 2, &written(&image(2), 8)).unwrap_err();
+        assert!(error.to_string().contains("meanwhile"), "{error}");
+        assert_eq!(fs::read_dir(state.qube("t").join("root")).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn a_dvm_template_gets_a_private_generation_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(&folder.path().join("state")).unwrap();
+        add(&state, folder.path(), 1);
+        let mut dvm = crate::qube::tests::dvm("d").dvm().unwrap().clone();
+        dvm.template = "t".into();
+        add_dvm(&state, "d", "red", dvm).unwrap();
+        let record = || Qube::load(&state, "d").unwrap().dvm().unwrap().clone();
+        let (before, image) = (record(), state.private_image("d", 1));
+        assert_eq!(next_private(&state, "d", 1, &written(&image, 0)).unwrap(), None);
+        assert_eq!(record(), before);
+        assert_eq!(next_private(&state, "d", 1, &written(&image, 7)).unwrap(), Some(2));
+        assert_eq!(record().private_generation, 2);
+        assert_ne!(record().private_id, before.private_id);
+        let image = File::open(state.private_image("d", 2)).unwrap();
+        let mut byte = [0];
+        image.read_exact_at(&mut byte, 9000).unwrap();
+        assert_eq!((byte[0], image.metadata().unwrap().len()), (7, before.private_mib << 20));
+        assert!(next_private(&state, "d", 1, &image).is_err());
+    }
+
+    #[test]
+    fn a_template_that_runs_is_neither_replaced_nor_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(&folder.path().join("state")).unwrap();
+        add(&state, folder.path(), 1);
+        let running = qube::hold_running(&state, "t").unwrap();
+        let image = files(folder.path(), 2);
+        let files = TemplateFiles { root: &image, kernel: &image, initrd: &image, cmdline: "quiet".into() };
+        for error in [
+            add_template(&state, "t", "black", &files).unwrap_err(),
+            remove(&state, "t").unwrap_err(),
+            qube::hold_running(&state, "t").map(drop).unwrap_err(),
+        ] {
+            assert_eq!((error.kind, error.to_string().as_str()), (Kind::Refused, "t is running"));
+        }
+        drop(running);
+        assert_eq!(add_template(&state, "t", "black", &files).unwrap(), 2);
     }
 
     #[test]

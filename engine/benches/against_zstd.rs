@@ -1,15 +1,15 @@
 //! Encode and admission beside `zstd` and `b3sum`, in one run, interleaved, everything synced to the same file system.
 //!
-//! `cargo bench -p engine --bench against_zstd [-- --image FILE] [--rounds N]`. Without an image it makes one that looks like
-//! memory; under `cargo test` it runs tiny, so that it cannot rot. Where a tool is missing its column is.
+//! `cargo bench -p engine --bench against_zstd [-- --image FILE] [--rounds N] [--keep FILE]`. Without an image it makes one that looks
+//! like memory; with `--keep` a dated line is added to a file; under `cargo test` it runs tiny, so that it cannot rot. Where a tool is missing its column is.
 
 mod ram;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use engine::image::hot::{HotImage, StackDelta};
 use engine::savefile::{self, DeviceState, ImageId, ImageInput, PageMap, ReadBackend, Scope, VolumeInfo};
@@ -31,6 +31,7 @@ impl StackDelta for NoDeltas {
 
 struct Options {
     image: Option<PathBuf>,
+    keep: Option<PathBuf>,
     rounds: usize,
     size: ByteCount,
 }
@@ -48,9 +49,37 @@ fn main() -> Result<(), Failure> {
         encoding.add(encode(&image, folder.path())?, zstd_encode(&image, folder.path()));
         admission.add(admit(folder.path())?, zstd_decode(folder.path()));
     }
-    encoding.report("encode");
-    admission.report("admit");
-    sizes(folder.path())
+    let rows = [encoding.report("encode"), admission.report("admit"), sizes(folder.path())?];
+    match options.keep {
+        Some(path) => keep(&path, &rows),
+        None => Ok(()),
+    }
+}
+
+/// Adds a line: when, on what, and for each row ours, theirs and the ratio that the mark is set for.
+fn keep(path: &Path, rows: &[Row]) -> Result<(), Failure> {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let cpu = fs::read_to_string("/proc/cpuinfo")?;
+    let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown");
+    let rows: Vec<String> = rows
+        .iter()
+        .map(|row| {
+            let number = |value: Option<f64>| value.map_or("null".to_owned(), |value| format!("{value:.4}"));
+            let (ours, theirs) = (number(Some(row.ours)), number(row.theirs));
+            format!(r#"{{"measure":"{}","unit":"{}","ours":{ours},"theirs":{theirs}}}"#, row.what, row.unit)
+        })
+        .collect();
+    let line = format!(r#"{{"unix_seconds":{seconds},"cpu":"{cpu}","rows":[{}]}}"#, rows.join(","));
+    let mut file = File::options().append(true).create(true).open(path)?;
+    Ok(writeln!(file, "{line}")?)
+}
+
+/// One thing measured on both sides.
+struct Row {
+    what: &'static str,
+    unit: &'static str,
+    ours: f64,
+    theirs: Option<f64>,
 }
 
 /// Times of both sides.
@@ -66,6 +95,7 @@ fn parse() -> Options {
     let full = args.iter().any(|arg| arg == "--bench");
     Options {
         image: value("--image").map(PathBuf::from),
+        keep: value("--keep").map(PathBuf::from),
         rounds: value("--rounds").and_then(|rounds| rounds.parse().ok()).unwrap_or(if full { 5 } else { 1 }),
         size: ByteCount(if full { 1 << 30 } else { 4 << 20 }),
     }
@@ -131,17 +161,18 @@ impl Race {
         self.theirs.push(theirs);
     }
 
-    fn report(mut self, what: &str) {
+    fn report(mut self, what: &'static str) -> Row {
         let ours = median(&mut self.ours);
-        match self.theirs.into_iter().collect::<Option<Vec<_>>>().map(|mut theirs| median(&mut theirs)) {
-            Some(theirs) => {
-                println!(
-                    "{what}: ours {ours:.3} s, zstd and b3sum {theirs:.3} s, {:.2} times as fast",
-                    theirs / ours
-                );
-            }
+        let theirs =
+            self.theirs.into_iter().collect::<Option<Vec<_>>>().map(|mut theirs| median(&mut theirs));
+        match theirs {
+            Some(theirs) => println!(
+                "{what}: ours {ours:.3} s, zstd and b3sum {theirs:.3} s, {:.2} times as fast",
+                theirs / ours
+            ),
             None => println!("{what}: ours {ours:.3} s; zstd or b3sum is missing"),
         }
+        Row { what, unit: "s", ours, theirs }
     }
 }
 
@@ -150,15 +181,12 @@ fn median(times: &mut [Duration]) -> f64 {
     times.get(times.len() / 2).map_or(0.0, Duration::as_secs_f64)
 }
 
-fn sizes(folder: &Path) -> Result<(), Failure> {
-    let ours = fs::metadata(folder.join("ours"))?.len();
-    match fs::metadata(folder.join("theirs.zst")) {
-        Ok(theirs) => println!(
-            "size: ours {ours}, zstd's {}, {:.3} of it",
-            theirs.len(),
-            ours as f64 / theirs.len() as f64
-        ),
-        Err(_) => println!("size: ours {ours}"),
+fn sizes(folder: &Path) -> Result<Row, Failure> {
+    let ours = fs::metadata(folder.join("ours"))?.len() as f64;
+    let theirs = fs::metadata(folder.join("theirs.zst")).map(|meta| meta.len() as f64).ok();
+    match theirs {
+        Some(theirs) => println!("size: ours {ours}, zstd's {theirs}, {:.3} of it", ours / theirs),
+        None => println!("size: ours {ours}"),
     }
-    Ok(())
+    Ok(Row { what: "size", unit: "bytes", ours, theirs })
 }

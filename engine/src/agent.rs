@@ -1,7 +1,9 @@
 //! What the engine asks of the program inside the guest. How the words travel is the control plane's business.
 //!
 //! Order, which the caller keeps and the guest checks: for a capture `ready`, `prerun`, `settle`, `warm`, `freeze`;
-//! for a clone `identify`, then `thaw`. Between the restore and `identify` no program of the guest but the agent runs.
+//! for a clone `identify`, then `thaw`; for a spare `rehearse` and `freeze`, as often as it takes, and for the
+//! clone of a build's rehearsal `rehearse` alone. Between the restore and `identify` or `rehearse` no program of the guest but the
+//! agent runs.
 
 use std::time::Duration;
 
@@ -60,4 +62,6 @@ pub trait Agent {
     fn identify(&mut self, identity: &Identity) -> Result<(), AgentError>;
     /// Lets the programs go on.
     fn thaw(&mut self) -> Result<(), AgentError>;
+    /// All that a launch asks of a clone, and a small command run to its end.
+    fn rehearse(&mut self, identity: &Identity) -> Result<(), AgentError>;
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use crate::agent::{Agent, AgentError};
 use crate::host::{AgentPipe, BootPurpose, Capture, Confinement, Domain, GuestSpec, Host, HostError};
+use crate::launch::LaunchError;
+use crate::rehearse::rehearse;
 use crate::savefile::{self, DeviceState, ImageId, ImageInput, Manifest, Scope, Written};
 use crate::timeline::Timeline;
 
@@ -34,6 +36,8 @@ pub enum Step {
     Freeze,
     /// Memory, device state and deltas.
     Capture,
+    /// Restore a clone from what was captured, as a launch does, and see what it touches.
+    Rehearse,
     /// Encode and write.
     Write,
 }
@@ -48,6 +52,7 @@ impl Step {
             Step::Warm => "warm",
             Step::Freeze => "freeze",
             Step::Capture => "capture",
+            Step::Rehearse => "rehearse",
             Step::Write => "write",
         }
     }
@@ -62,6 +67,9 @@ pub enum BuildError {
     /// The guest's part failed.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// What was captured does not come to life again.
+    #[error("the rehearsal of a launch from what was captured failed")]
+    Rehearsal(#[source] LaunchError),
     /// Storing failed.
     #[error(transparent)]
     Savefile(#[from] savefile::Error),
@@ -98,7 +106,7 @@ pub fn build<A: Agent>(
     timeline: &mut Timeline,
 ) -> Result<Written, BuildError> {
     watch.step(Step::Boot);
-    let (mut domain, mut agent, version) = boot(host, &order, connect)?;
+    let (mut domain, mut agent, version) = boot(host, &order, &connect)?;
     timeline.mark(Step::Boot.name());
 
     watch.step(Step::Prerun);
@@ -125,8 +133,13 @@ pub fn build<A: Agent>(
     domain.destroy()?;
     timeline.mark(Step::Capture.name());
 
+    watch.step(Step::Rehearse);
+    let touched = rehearse(host, &order, &capture, &connect).map_err(BuildError::Rehearsal)?;
+    timeline.mark(Step::Rehearse.name());
+
     watch.step(Step::Write);
-    let manifest = Manifest { agent_version: version, ..order.manifest };
+    let working_set = touched.iter().map(|run| (run.first.0, run.count.0)).collect();
+    let manifest = Manifest { agent_version: version, working_set, ..order.manifest };
     let written = write(order.path, &manifest, &host.facts().kind, &capture, &*watch)?;
     timeline.mark(Step::Write.name());
     Ok(written)

@@ -4,16 +4,16 @@
 //! - A [`Domain`] that is dropped is gone: its processes, mappings and memory with it. Dropping is the undo of every
 //!   step, so no caller needs a clean-up path of its own.
 //! - Nothing a domain writes reaches a disk in the clear: what it changes lives in memory or under a key that exists
-//!   only in memory.
+//!   only in memory. A volume that is to be kept ([`Base::Persistent`]) is the one exception.
 //! - Bases and hot images are opened read-only and cannot be opened for writing by the domain's processes.
 //!
-//! `Host` and `Domain` have eleven required functions between them; a simulator or another hypervisor implements all of
+//! `Host` and `Domain` have twelve required functions between them; a simulator or another hypervisor implements all of
 //! them for real, there are no defaults that lie.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::image::hot::{HotFiles, StackDelta};
@@ -27,10 +27,39 @@ pub use crate::savefile::HostIdentity as HostFacts;
 pub struct VolumeSpec {
     /// `root`, `private` or `volatile`.
     pub name: String,
-    /// The immutable base, a raw file; `None` for a volume that starts empty.
-    pub base: Option<PathBuf>,
+    /// What is on it when the guest starts, and where what the guest writes goes.
+    pub base: Base,
     /// The size the guest sees.
     pub size: ByteCount,
+}
+
+/// What a volume starts from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Base {
+    /// Nothing: it reads as zero, and what the guest writes is gone with it.
+    Empty,
+    /// An immutable raw file; what the guest writes is gone with it.
+    Frozen(PathBuf),
+    /// A raw file of the volume's size which the guest writes to. Only for a [`Host::boot`] with [`BootPurpose::Clone`].
+    ///
+    /// It holds all that the guest has written when [`Domain::serve`] has answered [`HostError::PoweredOff`]; to bring it
+    /// to the disk is then the caller's.
+    Persistent(PathBuf),
+}
+
+impl Base {
+    /// The file, if there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Base::Empty => None,
+            Base::Frozen(path) | Base::Persistent(path) => Some(path),
+        }
+    }
+
+    /// Whether what the guest writes is kept.
+    pub fn is_persistent(&self) -> bool {
+        matches!(self, Base::Persistent(_))
+    }
 }
 
 /// What a domain's network card is plugged into. The card itself is always there.
@@ -69,7 +98,7 @@ pub struct GuestSpec {
 pub enum BootPurpose {
     /// To be captured: its memory must stay readable for [`Domain::capture`].
     Capture,
-    /// To serve as a clone, for want of a savefile.
+    /// To be used: as a clone, for want of a savefile, or as a qube whose volume is kept.
     Clone,
 }
 
@@ -84,6 +113,8 @@ pub struct Confinement {
     pub spill_dir: PathBuf,
     /// Whether it starts below foreground priority, until it is paused: a spare, which nobody waits for.
     pub background: bool,
+    /// Whether what it writes must be kept out of a plaintext swap: of a clone, not of what goes into a savefile anyway.
+    pub keep_from_swap: bool,
 }
 
 /// A two-way byte channel to the agent in the guest, not blocking. Its descriptor is readable when there may be
@@ -93,7 +124,8 @@ impl<T: io::Read + io::Write + AsFd + Send> AgentPipe for T {}
 
 /// What [`Domain::capture`] took, all of it at one instant.
 pub struct Capture {
-    /// Guest memory, byte 0 of the file being gfn 0 (hosts with holes in the guest's address space close them).
+    /// Guest memory, byte 0 of the file being gfn 0 (hosts with holes in the guest's address space close them). Nobody
+    /// writes to it any more.
     pub memory: File,
     /// Size of the memory image.
     pub memory_size: ByteCount,
@@ -151,6 +183,12 @@ pub enum HostError {
         step: &'static str,
         /// Its last words, if any, with a leading `: `.
         detail: String,
+    },
+    /// The guest switched itself off, and the hypervisor has brought it to its end: all it wrote is written.
+    #[error("{step}: the guest has switched itself off")]
+    PoweredOff {
+        /// What was being done.
+        step: &'static str,
     },
     /// Time ran out.
     #[error("{step}: nothing after {} s", limit.as_secs())]
@@ -212,10 +250,15 @@ pub trait Domain: Send {
     /// afterwards.
     fn capture(&mut self) -> Result<Capture, HostError>;
 
+    /// The pages of the memory image that a restored guest has read or written so far, sorted and disjoint. A host may
+    /// add pages that lie beside them.
+    fn touched(&mut self) -> Result<Vec<PageRange>, HostError>;
+
     /// Readable when [`Domain::serve`] has something to do.
     fn events(&self) -> BorrowedFd<'_>;
 
-    /// Does what the events ask for (a volume that must spill). An error means that the domain cannot go on.
+    /// Does what the events ask for (a volume that must spill). An error means that the domain cannot go on; a guest that
+    /// switched itself off is [`HostError::PoweredOff`], one that reset itself or died [`HostError::Gone`].
     fn serve(&mut self) -> Result<(), HostError>;
 
     /// Ends it and waits until its memory is free.

@@ -69,14 +69,17 @@ pub struct Identity {
 impl Identity {
     /// A fresh identity for the clone of this number, from the host's generator.
     pub fn fresh(number: CloneNumber) -> io::Result<Self> {
-        let mut random = [0u8; ENTROPY_BYTES + 16];
-        File::open("/dev/urandom")?.read_exact(&mut random)?;
-        let mut entropy = [0u8; ENTROPY_BYTES];
-        entropy.copy_from_slice(&random[..ENTROPY_BYTES]);
         let mut machine_id = [0u8; 16];
-        machine_id.copy_from_slice(&random[ENTROPY_BYTES..]);
+        File::open("/dev/urandom")?.read_exact(&mut machine_id)?;
         machine_id[6] = (machine_id[6] & 0x0f) | 0x40;
         machine_id[8] = (machine_id[8] & 0x3f) | 0x80;
+        Identity::again(number, machine_id)
+    }
+
+    /// The identity of a clone that has its names already: with fresh entropy.
+    pub fn again(number: CloneNumber, machine_id: [u8; 16]) -> io::Result<Self> {
+        let mut entropy = [0u8; ENTROPY_BYTES];
+        File::open("/dev/urandom")?.read_exact(&mut entropy)?;
         Ok(Identity { number, machine_id, entropy })
     }
 }

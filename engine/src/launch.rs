@@ -10,6 +10,7 @@ use crate::build::BOOT_LIMIT;
 use crate::host::{AgentPipe, BootPurpose, Confinement, Domain, GuestSpec, Host, HostError};
 use crate::identity::Identity;
 use crate::image::hot::HotFiles;
+use crate::image::working_set;
 use crate::timeline::Timeline;
 
 /// How long the host may take to load a hot image; two orders of magnitude above the usual.
@@ -34,7 +35,8 @@ pub struct Clone<A> {
     pub agent: A,
 }
 
-/// Restores a clone from `image` and gives it `identity`.
+/// Restores a clone from `image` and gives it `identity`. What of the image a launch reads first is read from the disk
+/// meanwhile, if it has to be.
 pub fn restore<A: Agent>(
     host: &dyn Host,
     spec: &GuestSpec,
@@ -44,6 +46,7 @@ pub fn restore<A: Agent>(
     connect: impl FnOnce(Box<dyn AgentPipe>) -> A,
     timeline: &mut Timeline,
 ) -> Result<Clone<A>, LaunchError> {
+    let _reading = working_set::read_ahead(&image);
     let mut domain = host.restore(spec, image, confinement)?;
     timeline.mark("spawned");
     let mut agent = connect(domain.agent()?);
@@ -71,7 +74,8 @@ pub fn cold<A: Agent>(
     Ok(Clone { domain, agent })
 }
 
-fn become_somebody(
+/// Gives a clone its identity, and lets it go on.
+pub fn become_somebody(
     agent: &mut impl Agent,
     identity: &Identity,
     timeline: &mut Timeline,

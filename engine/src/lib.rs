@@ -2,7 +2,7 @@
 //! environment variable; those are its callers'.
 //!
 //! Reading order, by the way the data takes: [`units`] → [`savefile`] → [`image`] → [`ring`] → [`host`] and [`agent`]
-//! (the two seams) → [`build`], [`launch`], [`close`] → [`identity`], [`timeline`].
+//! (the two seams) → [`build`], [`rehearse`], [`launch`], [`close`] → [`identity`], [`timeline`].
 
 pub mod agent;
 pub mod build;
@@ -11,7 +11,9 @@ pub mod host;
 pub mod identity;
 pub mod image;
 pub mod launch;
+pub mod rehearse;
 pub mod ring;
 pub mod savefile;
+pub mod spare;
 pub mod timeline;
 pub mod units;

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use common::{content, Guest, StackRaw};
 use engine::image::hot::HotImage;
 use engine::savefile::{self, Error, ReadBackend, RootHash};
+use engine::units::PageRange;
 
 struct Sample {
     guest: Guest,
@@ -55,6 +56,18 @@ fn an_admitted_set_is_what_was_captured_and_nobody_writes_to_it() {
     }
     assert_eq!(fs::metadata(&image.dir).unwrap().permissions().mode() & 0o777, 0o700);
     assert_eq!(HotImage::list(&sample.hot).unwrap(), [sample.root]);
+}
+
+#[test]
+fn the_working_set_comes_with_the_files_in_order_and_within_memory() {
+    let mut sample = Sample::new();
+    assert!(sample.admit(&StackRaw::default()).unwrap().files.working_set.is_empty());
+    sample.guest.working_set = vec![(12, 9), (1, 3), (3, 1), (7, 0), (1 << 40, 7), (u64::MAX, u64::MAX)];
+    sample.root = sample.guest.write(&sample.path).unwrap().root;
+    let image = sample.admit(&StackRaw::default()).unwrap();
+    assert_eq!(image.files.working_set, [PageRange::new(1, 3), PageRange::new(12, 4)]);
+    assert_eq!(image.manifest, sample.guest.manifest());
+    assert!(content(&image.files.memory) == sample.guest.memory_bytes());
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A living guest under QEMU: its socket pair to the machine protocol, its agent's socket, its overlays.
 //!
-//! Phases: running → captured (gone), or running → destroyed. Everything it writes is in memfds and in QEMU's private
-//! memory until an overlay is full; then [`QemuDomain::serve`] puts an encrypted one on top, whose key was never
+//! Phases: running → captured (gone), or running → destroyed. Everything it writes (but to a volume that is to be kept) is
+//! in memfds and in QEMU's private memory until an overlay is full; then [`QemuDomain::serve`] puts an encrypted one on top, whose key was never
 //! anywhere but in memory.
 
 use std::fs::File;
@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use engine::host::{AgentPipe, Capture, CapturedDelta, Confinement, Domain, HostError};
 use engine::launch::RESTORE_LIMIT;
-use engine::units::ByteCount;
+use engine::units::{ByteCount, PageRange};
+use rustix::fs::{fcntl_add_seals, SealFlags};
 use serde_json::{json, Value};
 
 use crate::plan::BALLOON;
@@ -21,6 +22,7 @@ use crate::process::{memfd, Process};
 use crate::qcow2;
 use crate::qmp::{Event, Qmp, QmpError};
 use crate::spill;
+use crate::touched::{touched, FileId};
 
 /// How long QEMU may take over one command. The slowest, formatting a LUKS header, takes 0.3 s here.
 pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(20);
@@ -32,6 +34,8 @@ const SAVE_LIMIT: Duration = Duration::from_secs(30);
 const BALLOON_RESERVE: u64 = 80 << 20;
 /// The balloon is given up on when it has not moved for this long.
 const BALLOON_PATIENCE: Duration = Duration::from_secs(3);
+/// Events served before the caller gets its turn; a guest whose overlays are all full causes some hundreds.
+const EVENTS_AT_ONCE: usize = 10_000;
 
 /// One volume's overlay.
 pub struct Overlay {
@@ -53,6 +57,8 @@ pub struct QemuDomain {
     /// Guest memory shared with us; only while capturing.
     pub(crate) memory: Option<File>,
     pub(crate) memory_size: ByteCount,
+    /// The memory image, as QEMU's mappings name it.
+    pub(crate) memory_file: FileId,
     pub(crate) overlays: Vec<Overlay>,
     pub(crate) confinement: Confinement,
     pub(crate) version: (u32, u32),
@@ -118,6 +124,10 @@ impl Domain for QemuDomain {
             step: "capture memory",
             reason: "the guest was not started to be captured".to_owned(),
         })?;
+        // Clones are rehearsed on it before it is stored; QEMU could open it anew for writing.
+        let seals = SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        fcntl_add_seals(&memory, seals)
+            .map_err(|errno| HostError::Io { step: "capture memory", source: errno.into() })?;
         let deltas = self.overlays.drain(..).map(read_delta).collect::<Result<_, _>>()?;
         Ok(Capture {
             memory,
@@ -128,23 +138,27 @@ impl Domain for QemuDomain {
         })
     }
 
+    fn touched(&mut self) -> Result<Vec<PageRange>, HostError> {
+        touched(self.process.id(), self.memory_file)
+            .map_err(HostError::io("ask which pages of memory the clone has touched"))
+    }
+
     fn events(&self) -> BorrowedFd<'_> {
         self.qmp.as_fd()
     }
 
     fn serve(&mut self) -> Result<(), HostError> {
         let step = "serve the clone";
-        loop {
+        for _ in 0..EVENTS_AT_ONCE {
             let event = self.qmp.pending_event().map_err(|error| self.explain(step, error))?;
             match event {
                 None => return Ok(()),
                 Some(event) if event.name == "BLOCK_IO_ERROR" => self.relieve(&event)?,
-                Some(event) if event.name == "SHUTDOWN" => {
-                    return Err(HostError::Gone { step, detail: ": the guest shut itself down".to_owned() });
-                }
+                Some(event) if event.name == "SHUTDOWN" => return Err(self.ending(step, &event)),
                 Some(_) => {}
             }
         }
+        Err(HostError::Hypervisor { step, message: "QEMU does not stop reporting events".to_owned() })
     }
 
     fn destroy(mut self: Box<Self>) -> Result<(), HostError> {
@@ -160,6 +174,34 @@ impl QemuDomain {
             QmpError::Timeout(limit) => HostError::Timeout { step, limit },
             QmpError::Io(source) => HostError::Io { step, source },
             refused => HostError::Hypervisor { step, message: refused.to_string() },
+        }
+    }
+
+    /// The end that a SHUTDOWN event announces. One that the guest wanted is waited for: what QEMU still has to write is
+    /// written then.
+    fn ending(&mut self, step: &'static str, event: &Event) -> HostError {
+        // qapi/run-state.json, ShutdownCause.
+        match event.data["reason"].as_str() {
+            Some("guest-shutdown") => {}
+            Some("guest-reset") => {
+                return HostError::Gone { step, detail: ": the guest restarted itself".to_owned() }
+            }
+            _ => return HostError::Gone { step, detail: ": the guest came to an end".to_owned() },
+        }
+        loop {
+            match self.qmp.next_event(COMMAND_LIMIT) {
+                Ok(_) => {}
+                Err(QmpError::Closed) => break,
+                Err(error) => return self.explain(step, error),
+            }
+        }
+        match self.process.wait() {
+            Ok(status) if status.success() => HostError::PoweredOff { step },
+            Ok(status) => {
+                let detail = format!(" ({status}){}", self.process.last_words());
+                HostError::Gone { step, detail }
+            }
+            Err(source) => HostError::Io { step, source },
         }
     }
 

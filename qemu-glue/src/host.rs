@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use engine::host::{
-    BootPurpose, Confinement, Domain, GuestSpec, Host, HostError, HostFacts, Nic, VolumeSpec,
+    Base, BootPurpose, Confinement, Domain, GuestSpec, Host, HostError, HostFacts, Nic, VolumeSpec,
 };
 use engine::image::hot::{HotFiles, StackDelta};
 use engine::savefile::{PageMap, VolumeInfo};
@@ -16,13 +16,14 @@ use nix::fcntl::{fcntl, posix_fallocate, FcntlArg, SealFlag};
 use serde_json::json;
 
 use crate::domain::{Overlay, QemuDomain};
-use crate::plan::{self, Link, Memory, Plan, Start, VolumeFds, MACHINE};
+use crate::plan::{self, Chain, Link, Memory, Plan, Start, VolumeFds, MACHINE};
 use crate::probe::Qemu;
 use crate::process::{memfd, Launch, Process};
 use crate::qcow2;
 use crate::qmp::Qmp;
 use crate::swap::{self, SwapGuard};
 use crate::sys;
+use crate::touched::FileId;
 
 /// What a guest's QEMU takes beside the guest's memory and volumes, for the lock limit: code, heap, translated code.
 const QEMU_OWN_BYTES: u64 = 2 << 30;
@@ -40,7 +41,7 @@ impl QemuHost {
             kind: "qemu".to_owned(),
             version: qemu.version.clone(),
             machine: MACHINE.to_owned(),
-            cpu_model: qemu.accel.cpu_model().to_owned(),
+            cpu_model: qemu.accel.cpu_description(),
             accel: qemu.accel.name().to_owned(),
         };
         QemuHost { qemu, facts }
@@ -68,6 +69,9 @@ impl Host for QemuHost {
         purpose: BootPurpose,
         confinement: &Confinement,
     ) -> Result<Box<dyn Domain>, HostError> {
+        if purpose == BootPurpose::Capture {
+            refuse_persistent(spec)?;
+        }
         let memory = shared_memory(spec.memory)?;
         let (kernel, initrd) = (open_base(&spec.kernel)?, open_base(&spec.initrd)?);
         let start = Start::Boot { kernel: kernel.as_raw_fd(), initrd: initrd.as_raw_fd() };
@@ -90,6 +94,7 @@ impl Host for QemuHost {
         image: HotFiles,
         confinement: &Confinement,
     ) -> Result<Box<dyn Domain>, HostError> {
+        refuse_persistent(spec)?;
         let memory = match self.qemu.maps_read_only() {
             true => Memory::PrivateReadOnly,
             false => Memory::PrivateCaught,
@@ -124,51 +129,53 @@ impl QemuHost {
         confinement: &Confinement,
     ) -> Result<QemuDomain, HostError> {
         let step = "start QEMU";
-        let bytes_max =
-            spec.memory.0 + QEMU_OWN_BYTES + spec.volumes.len() as u64 * confinement.volume_memory_max.0;
-        let guard = match files.keep_private {
+        let in_memory = spec.volumes.iter().filter(|volume| !volume.base.is_persistent()).count();
+        let bytes_max = spec.memory.0 + QEMU_OWN_BYTES + in_memory as u64 * confinement.volume_memory_max.0;
+        let guard = match files.keep_private && confinement.keep_from_swap {
             true => swap::guard(bytes_max, self.qemu.locks_on_fault())?,
             false => SwapGuard::NotNeeded,
         };
         let (qmp, qmp_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
         let (agent, agent_theirs) = UnixStream::pair().map_err(HostError::io(step))?;
-        let overlays = spec
-            .volumes
-            .iter()
-            .map(|volume| match files.keep_private {
-                true => overlay(volume, confinement, guard),
-                false => growing_overlay(volume),
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let bases = spec.volumes.iter().map(open_volume_base).collect::<Result<Vec<_>, _>>()?;
+        let make_overlay = |volume: &VolumeSpec| match files.keep_private {
+            true => overlay(volume, confinement, guard),
+            false => growing_overlay(volume),
+        };
+        // What QEMU inherits of the volumes is kept open here until it has it; the overlays, as long as it lives.
+        let (mut volumes, mut bases, mut overlays) = (Vec::new(), Vec::new(), Vec::new());
+        for volume in &spec.volumes {
+            let base = open_volume_base(volume)?;
+            let base_fd = base.as_ref().map(AsRawFd::as_raw_fd);
+            let chain = match base_fd.filter(|_| volume.base.is_persistent()) {
+                Some(fd) => Chain::Persistent(fd),
+                None => {
+                    let overlay = make_overlay(volume)?;
+                    let delta = files.deltas.iter().find(|(name, _)| *name == volume.name);
+                    let chain = Chain::Overlay {
+                        overlay: overlay.file.as_raw_fd(),
+                        delta: delta.map(|(_, file)| file.as_raw_fd()),
+                        base: base_fd,
+                    };
+                    overlays.push(overlay);
+                    chain
+                }
+            };
+            volumes.push(VolumeFds { name: volume.name.clone(), chain });
+            bases.extend(base);
+        }
         let (link, tap) = open_link(nic)?;
 
-        let volumes: Vec<VolumeFds> = overlays
-            .iter()
-            .zip(&bases)
-            .map(|(overlay, base)| VolumeFds {
-                name: overlay.volume.clone(),
-                overlay: overlay.file.as_raw_fd(),
-                delta: files
-                    .deltas
-                    .iter()
-                    .find(|(name, _)| *name == overlay.volume)
-                    .map(|(_, f)| f.as_raw_fd()),
-                base: base.as_ref().map(AsRawFd::as_raw_fd),
-            })
-            .collect();
         let mut inherit: Vec<RawFd> =
             vec![files.memory.as_raw_fd(), qmp_theirs.as_raw_fd(), agent_theirs.as_raw_fd()];
-        inherit.extend(
-            volumes.iter().flat_map(|volume| [Some(volume.overlay), volume.delta, volume.base]).flatten(),
-        );
+        inherit.extend(volumes.iter().flat_map(|volume| volume.chain.fds()));
         inherit.extend(files.further.iter().map(AsRawFd::as_raw_fd));
         inherit.extend(tap.as_ref().map(AsRawFd::as_raw_fd));
+        let memory_file = FileId::of(&files.memory.metadata().map_err(HostError::io(step))?);
         let lock_on_fault = guard == SwapGuard::LockOnFault;
         let arguments = plan::arguments(&Plan {
             spec,
             accel: self.qemu.accel,
-            cpu_model: &self.facts.cpu_model,
+            cpu_model: self.qemu.accel.cpu_model(),
             memory,
             memory_fd: files.memory.as_raw_fd(),
             lock_on_fault,
@@ -196,6 +203,7 @@ impl QemuHost {
             agent: Some(agent),
             memory: None,
             memory_size: spec.memory,
+            memory_file,
             overlays,
             confinement: confinement.clone(),
             version: self.qemu.number(),
@@ -256,8 +264,28 @@ fn overlay(volume: &VolumeSpec, confinement: &Confinement, guard: SwapGuard) -> 
     make().map_err(HostError::io("make an overlay"))
 }
 
+/// A volume that is kept has no delta, so it cannot be captured, nor restored over a captured one.
+fn refuse_persistent(spec: &GuestSpec) -> Result<(), HostError> {
+    match spec.volumes.iter().find(|volume| volume.base.is_persistent()) {
+        None => Ok(()),
+        Some(volume) => Err(HostError::Refused {
+            step: "start QEMU",
+            reason: format!("the {} volume is to be kept, which only a boot can do", volume.name),
+        }),
+    }
+}
+
 fn open_volume_base(volume: &VolumeSpec) -> Result<Option<File>, HostError> {
-    volume.base.as_deref().map(open_base).transpose()
+    match &volume.base {
+        Base::Empty => Ok(None),
+        Base::Frozen(path) => open_base(path).map(Some),
+        Base::Persistent(path) => File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map(Some)
+            .map_err(HostError::io("open the volume that is to be kept")),
+    }
 }
 
 fn open_base(path: &Path) -> Result<File, HostError> {

@@ -2,7 +2,8 @@
 //!
 //! The way of a launch through this crate: [`plan`] (what QEMU is told, no I/O) → [`process`] (fork, confinement, exec)
 //! → [`qmp`] → [`domain`] (the living guest: capture, spill, end). [`qcow2`] makes overlays and deltas, [`probe`] finds out
-//! what this machine and its QEMU can do, [`swap`] keeps guests out of a plaintext swap.
+//! what this machine and its QEMU can do, [`swap`] keeps guests out of a plaintext swap,
+//! [`touched`] tells which memory a clone has touched.
 
 pub mod domain;
 pub mod host;
@@ -14,3 +15,4 @@ pub mod qmp;
 mod spill;
 pub mod swap;
 mod sys;
+pub mod touched;

@@ -39,17 +39,41 @@ pub enum Memory {
     PrivateCaught,
 }
 
-/// The descriptors of one volume, top of the chain first.
+/// The descriptors of one volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeFds {
     /// The volume's name.
     pub name: String,
-    /// An empty qcow2 overlay, in memory.
-    pub overlay: RawFd,
-    /// The savefile's delta, a read-only qcow2.
-    pub delta: Option<RawFd>,
-    /// The immutable base, a read-only raw file.
-    pub base: Option<RawFd>,
+    /// What it consists of.
+    pub chain: Chain,
+}
+
+/// What a volume consists of, top first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Chain {
+    /// What the guest writes is gone with it.
+    Overlay {
+        /// An empty qcow2 overlay, in memory.
+        overlay: RawFd,
+        /// The savefile's delta, a read-only qcow2.
+        delta: Option<RawFd>,
+        /// The immutable base, a read-only raw file.
+        base: Option<RawFd>,
+    },
+    /// A raw file that is written to and kept.
+    Persistent(RawFd),
+}
+
+impl Chain {
+    /// All descriptors in it.
+    pub fn fds(&self) -> impl Iterator<Item = RawFd> {
+        match *self {
+            Chain::Overlay { overlay, delta, base } => [Some(overlay), delta, base],
+            Chain::Persistent(file) => [Some(file), None, None],
+        }
+        .into_iter()
+        .flatten()
+    }
 }
 
 /// Where the network card leads.
@@ -152,21 +176,32 @@ fn volumes(volumes: &[VolumeFds], args: &mut Args) {
     let mut file = |args: &mut Args, fd: RawFd, read_only: bool| {
         set += 1;
         args.option("-add-fd", format!("fd={fd},set={set}"));
-        // Nobody else opens these files for writing, and our overlays die with the guest: no locks, no flushes.
+        // Nobody else opens these files for writing: no locks. Overlays die with the guest, and a file that is kept is
+        // synced by whoever keeps it when QEMU has ended: no flushes.
         json!({ "driver": "file", "filename": format!("/dev/fdset/{set}"), "locking": "off",
                 "read-only": read_only, "auto-read-only": false, "cache": { "direct": false, "no-flush": true } })
     };
-    for volume in volumes {
-        let mut chain = json!(null);
-        if let Some(fd) = volume.base {
-            chain = json!({ "driver": "raw", "read-only": true, "file": file(args, fd, true) });
+    for VolumeFds { name, chain } in volumes {
+        let (overlay, delta, base) = match *chain {
+            Chain::Overlay { overlay, delta, base } => (overlay, delta, base),
+            Chain::Persistent(fd) => {
+                // What the guest clears or discards becomes a hole again.
+                let node = json!({ "driver": "raw", "node-name": name, "file": file(args, fd, false),
+                                   "discard": "unmap", "detect-zeroes": "unmap" });
+                args.option("-blockdev", node.to_string());
+                continue;
+            }
+        };
+        let mut backing = json!(null);
+        if let Some(fd) = base {
+            backing = json!({ "driver": "raw", "read-only": true, "file": file(args, fd, true) });
         }
-        if let Some(fd) = volume.delta {
-            chain = json!({ "driver": "qcow2", "read-only": true, "file": file(args, fd, true), "backing": chain });
+        if let Some(fd) = delta {
+            backing = json!({ "driver": "qcow2", "read-only": true, "file": file(args, fd, true), "backing": backing });
         }
-        let overlay = json!({ "driver": "qcow2", "node-name": volume.name, "file": file(args, volume.overlay, false),
-                              "backing": chain, "discard": "unmap", "detect-zeroes": "on" });
-        args.option("-blockdev", overlay.to_string());
+        let node = json!({ "driver": "qcow2", "node-name": name, "file": file(args, overlay, false),
+                           "backing": backing, "discard": "unmap", "detect-zeroes": "on" });
+        args.option("-blockdev", node.to_string());
     }
 }
 
@@ -240,8 +275,13 @@ mod tests {
     }
 
     fn line(memory: Memory, link: Link, start: Start) -> String {
+        let chain = Chain::Overlay { overlay: 9, delta: Some(8), base: Some(7) };
+        line_with(chain, memory, link, start)
+    }
+
+    fn line_with(chain: Chain, memory: Memory, link: Link, start: Start) -> String {
         let spec = spec();
-        let volumes = [VolumeFds { name: "root".into(), overlay: 9, delta: Some(8), base: Some(7) }];
+        let volumes = [VolumeFds { name: "root".into(), chain }];
         let plan = Plan {
             spec: &spec,
             accel: Accel::Tcg,
@@ -278,5 +318,17 @@ mod tests {
         assert!(clone.contains("-sandbox on,"));
         assert!(clone.contains("share=off,readonly=on,rom=off"));
         assert!(clone.contains("dump-guest-core=off"));
+    }
+
+    #[test]
+    fn a_volume_that_is_kept_is_the_same_disk_written_to_directly() {
+        let boot = || Start::Boot { kernel: 10, initrd: 11 };
+        let overlaid = line(Memory::Shared, Link::Nowhere, boot());
+        let kept = line_with(Chain::Persistent(9), Memory::Shared, Link::Nowhere, boot());
+        let disk = "virtio-blk-pci,id=disk-root,drive=root,serial=root,werror=stop,rerror=report";
+        assert!(kept.contains(disk) && overlaid.contains(disk));
+        assert!(kept.contains("-add-fd fd=9,set=1") && !kept.contains("set=2"));
+        assert_eq!((kept.matches("\"filename\"").count(), kept.matches("qcow2").count()), (1, 0));
+        assert!(kept.contains("\"driver\":\"raw\"") && kept.contains("\"read-only\":false"));
     }
 }

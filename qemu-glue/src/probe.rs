@@ -47,6 +47,29 @@ impl Accel {
             Accel::Tcg => "max",
         }
     }
+
+    /// What that model is on this machine. An emulated one is the QEMU version's matter; the machine's own is a processor with its flags,
+    /// and a guest captured on one does not run on another.
+    pub fn cpu_description(self) -> String {
+        match self {
+            Accel::Kvm => {
+                format!("host: {}", processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()))
+            }
+            Accel::Tcg => self.cpu_model().to_owned(),
+        }
+    }
+}
+
+/// The processor in a /proc/cpuinfo: its name, and a hash of what identifies it and of what it can do.
+fn processor(cpuinfo: &str) -> String {
+    let first = cpuinfo.split("\n\n").next().unwrap_or_default();
+    let value = |key: &str| {
+        let line = first.lines().find(|line| line.split(':').next().is_some_and(|name| name.trim() == key));
+        line.and_then(|line| line.split_once(':')).map_or("unknown", |(_, value)| value.trim())
+    };
+    let parts = ["vendor_id", "cpu family", "model", "stepping", "flags"].map(value);
+    let hash = blake3::hash(parts.join("\n").as_bytes()).to_hex();
+    format!("{} ({})", value("model name"), &hash[..12])
 }
 
 /// A QEMU and what it can do here.
@@ -235,6 +258,17 @@ fn kvm_boots(program: &Path, kernel: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_processor_or_another_flag_is_another_model() {
+        let cpuinfo = "processor\t: 0\nvendor_id\t: A\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: A B\nstepping\t: 1\nflags\t\t: fpu sse\n\nprocessor\t: 1\n";
+        let said = processor(cpuinfo);
+        assert!(said.starts_with("A B ("), "{said}");
+        assert_eq!(said, processor(&cpuinfo.replace("processor\t: 1", "processor\t: 7")));
+        assert_ne!(said, processor(&cpuinfo.replace("fpu sse", "fpu sse avx")));
+        assert_ne!(said, processor(&cpuinfo.replace("stepping\t: 1", "stepping\t: 2")));
+        assert_eq!(Accel::Tcg.cpu_description(), "max");
+    }
 
     fn qemu(version: &str) -> Qemu {
         let seen = Seen { bytes: 0, mtime_ns: 0, inode: 0, boot_id: String::new() };

@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use landlock::{
@@ -111,6 +111,11 @@ impl Process {
         Ok(process)
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends the time in the background.
     pub fn to_foreground(&mut self) -> io::Result<()> {
         if std::mem::take(&mut self.background) {
@@ -132,10 +137,10 @@ impl Process {
     }
 
     /// Waits until it has ended by itself.
-    pub fn wait(&mut self) -> io::Result<()> {
-        self.child.wait()?;
+    pub fn wait(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait()?;
         self.ended = true;
-        Ok(())
+        Ok(status)
     }
 
     /// Kills it and waits until it is gone and its memory free.

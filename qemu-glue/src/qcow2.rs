@@ -4,14 +4,16 @@
 //! - Clusters are one guest page (4 KiB): a delta then holds exactly the pages of its page map, and a clone that
 //!   writes 4 KiB copies nothing from the base.
 //! - Files made here carry no backing file name: QEMU is told the chain by node, so no path in a file is ever followed.
-//! - What is read back was written by a QEMU whose guest may be hostile: every offset is checked before it is used.
+//! - What is read back was written by a QEMU whose guest may be hostile: every offset is checked before it is used, and no
+//!   more is made of its tables and its data than the file holds, so that neither can be named again and again.
 //!
 //! Layout of a file made here, in clusters: header · refcount table · L1 table · refcount blocks · L2 tables · data.
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
+use engine::image::scan::is_zero;
 use engine::savefile::{Content, PageMap};
 use engine::units::{ByteCount, PageCount, PageIndex, PageRange, PAGE_SIZE};
 
@@ -74,7 +76,7 @@ pub fn write_delta(file: &File, size: ByteCount, map: &PageMap, raw: &File) -> i
         .collect();
     let layout = Layout::plan(size.0, &runs, Reserve::Nothing)?;
     write_image(file, size, &layout, &runs, |from, to| {
-        copy_range(raw, from.first * CLUSTER, file, to, from.pages * CLUSTER)
+        copy_range(raw, from.first * CLUSTER, file, to, from.pages * CLUSTER).map(drop)
     })
 }
 
@@ -252,7 +254,8 @@ fn header(size: u64, layout: &Layout) -> Vec<u8> {
 /// Reads back which pages of an overlay were written, and copies the data ones into `raw` at their own offsets.
 /// `file` must have been made by [`write_empty`]; `raw` must be empty and becomes a sparse file of the volume's size.
 pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<PageRange>> {
-    let file_bytes = file.metadata()?.len();
+    let file_metadata = file.metadata()?;
+    let file_bytes = file_metadata.len();
     let mut head = [0u8; HEADER_BYTES as usize];
     read_at(file, &mut head, 0, file_bytes)?;
     if &head[..4] != b"QFI\xfb" || be32_at(&head, 4) != 3 || be32_at(&head, 20) != CLUSTER_BITS {
@@ -268,6 +271,15 @@ pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<
     let mut l1 = vec![0u8; (l1_entries * 8) as usize];
     read_at(file, &mut l1, l1_offset, file_bytes)?;
 
+    // What the file really holds is used once. Otherwise a few clusters could ask for a volume's size of copies.
+    let held = (file_metadata.blocks() * 512).min(file_bytes) / CLUSTER;
+    let mut left = held;
+    let mut use_clusters = |count: u64| {
+        left = left.checked_sub(count).ok_or_else(|| {
+            invalid(format!("it holds {held} clusters, and uses some of them more than once"))
+        })?;
+        Ok::<(), io::Error>(())
+    };
     let mut changes = Changes::default();
     let mut l2 = vec![0u8; CLUSTER as usize];
     for (index, entry) in l1.chunks_exact(8).map(|bytes| be64_at(bytes, 0)).enumerate() {
@@ -275,6 +287,10 @@ pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<
             continue;
         }
         read_at(file, &mut l2, entry & OFFSET_MASK, file_bytes)?;
+        if is_zero(&l2) {
+            continue;
+        }
+        use_clusters(1)?;
         let first = index as u64 * ENTRIES;
         for (nth, entry) in l2.chunks_exact(8).map(|bytes| be64_at(bytes, 0)).enumerate() {
             let page = first + nth as u64;
@@ -288,13 +304,11 @@ pub fn read_changes(file: &File, size: ByteCount, raw: &File) -> io::Result<Vec<
                 if !offset.is_multiple_of(CLUSTER) || offset > file_bytes.saturating_sub(CLUSTER) {
                     return Err(invalid(format!("page {page} at {offset:#x}, beyond the file")));
                 }
-                changes.data(page, offset, |run| {
-                    copy_range(file, run.offset, raw, run.page * CLUSTER, run.pages * CLUSTER)
-                })?;
+                changes.data(page, offset, |run| use_clusters(run.copy(file, raw)?))?;
             }
         }
     }
-    changes.finish(|run| copy_range(file, run.offset, raw, run.page * CLUSTER, run.pages * CLUSTER))
+    changes.finish(|run| use_clusters(run.copy(file, raw)?))
 }
 
 /// A run of data pages which is contiguous on both sides.
@@ -303,6 +317,13 @@ struct Contiguous {
     page: u64,
     pages: u64,
     offset: u64,
+}
+
+impl Contiguous {
+    /// Copies the run to its place in the volume; answers how many clusters were not zero.
+    fn copy(&self, file: &File, raw: &File) -> io::Result<u64> {
+        copy_range(file, self.offset, raw, self.page * CLUSTER, self.pages * CLUSTER)
+    }
 }
 
 /// Collects changed pages into ranges, and data pages into the longest contiguous copies.
@@ -352,25 +373,43 @@ impl Changes {
     }
 }
 
-/// Copies `bytes` bytes through a bounded buffer.
+/// Copies whole clusters through a bounded buffer; answers how many were not zero. Zeros are left out: `to` is empty there, and holes of a long sparse file must
+/// not become memory.
 fn copy_range(
     from: &File,
     mut from_offset: u64,
     to: &File,
     mut to_offset: u64,
     bytes: u64,
-) -> io::Result<()> {
+) -> io::Result<u64> {
     const BUFFER: u64 = 1 << 20;
     let mut buffer = vec![0u8; bytes.min(BUFFER) as usize];
-    let mut left = bytes;
+    let (mut left, mut written) = (bytes, 0);
     while left > 0 {
         let part = &mut buffer[..left.min(BUFFER) as usize];
         from.read_exact_at(part, from_offset)?;
-        to.write_all_at(part, to_offset)?;
+        written += write_without_zeros(to, part, to_offset)?;
         let count = part.len() as u64;
         (from_offset, to_offset, left) = (from_offset + count, to_offset + count, left - count);
     }
-    Ok(())
+    Ok(written)
+}
+
+fn write_without_zeros(to: &File, clusters: &[u8], offset: u64) -> io::Result<u64> {
+    let (mut offset, mut written) = (offset, 0);
+    let mut rest = clusters;
+    while !rest.is_empty() {
+        let mut alike = rest.chunks(CLUSTER as usize);
+        let zero = alike.next().is_none_or(is_zero);
+        let count = 1 + alike.take_while(|cluster| is_zero(cluster) == zero).count();
+        let (run, left) = rest.split_at(rest.len().min(count * CLUSTER as usize));
+        if !zero {
+            to.write_all_at(run, offset)?;
+            written += run.len() as u64 / CLUSTER;
+        }
+        (rest, offset) = (left, offset + run.len() as u64);
+    }
+    Ok(written)
 }
 
 fn read_at(file: &File, buffer: &mut [u8], offset: u64, file_bytes: u64) -> io::Result<()> {
@@ -471,6 +510,48 @@ mod tests {
             file.write_all_at(&[byte[0] ^ (1 << bit)], at).unwrap();
             let _ = read_changes(&file, ByteCount(600 * CLUSTER), &tempfile::tempfile().unwrap());
         }
+    }
+
+    /// Found by the fuzz target `qcow2`: one table, or one cluster of data, named for the whole volume.
+    #[test]
+    fn a_file_that_names_its_clusters_again_and_again_is_refused() {
+        let (size, file) = (ByteCount(16 * ENTRIES * CLUSTER), tempfile::tempfile().unwrap());
+        write_empty(&file, size).unwrap();
+        let (l1, l2, data) = (2 * CLUSTER, 4 * CLUSTER, 5 * CLUSTER);
+        file.set_len(1000 * CLUSTER).unwrap();
+        file.write_all_at(b"data", data).unwrap();
+        let tables = |count| file.write_all_at(&be64(std::iter::repeat_n(l2 | COPIED, count)), l1).unwrap();
+        let clusters =
+            |count| file.write_all_at(&be64(std::iter::repeat_n(data | COPIED, count)), l2).unwrap();
+        let read = || read_changes(&file, size, &tempfile::tempfile().unwrap());
+        tables(1);
+        clusters(1);
+        assert_eq!(read().unwrap(), [PageRange::new(0, 1)]);
+        clusters(100);
+        assert!(read().unwrap_err().to_string().contains("more than once"));
+        clusters(1);
+        tables(16);
+        assert!(read().unwrap_err().to_string().contains("more than once"));
+    }
+
+    #[test]
+    fn holes_that_an_overlay_names_as_data_take_no_memory() {
+        let (size, file, raw) =
+            (ByteCount(ENTRIES * CLUSTER), tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        write_empty(&file, size).unwrap();
+        file.set_len((5 + ENTRIES) * CLUSTER).unwrap();
+        file.write_all_at(&be64([(4 * CLUSTER) | COPIED].into_iter()), 2 * CLUSTER).unwrap();
+        file.write_all_at(&be64((0..ENTRIES).map(|page| ((5 + page) * CLUSTER) | COPIED)), 4 * CLUSTER)
+            .unwrap();
+        file.write_all_at(b"data", (5 + 300) * CLUSTER).unwrap();
+        assert_eq!(read_changes(&file, size, &raw).unwrap(), [PageRange::new(0, ENTRIES)]);
+        let mut found = [0; 4];
+        raw.read_exact_at(&mut found, 300 * CLUSTER).unwrap();
+        assert_eq!(&found, b"data");
+        assert!(
+            raw.metadata().unwrap().blocks() * 512 <= 4 * CLUSTER,
+            "a page, and what the file system needs for it"
+        );
     }
 
     #[test]

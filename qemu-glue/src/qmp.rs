@@ -1,7 +1,8 @@
 //! QEMU's machine protocol (docs/interop/qmp-spec.rst) over a socket pair: one JSON object a line.
 //!
 //! Invariants: one command is under way at a time, its answer is the next `return` or `error`; events may come in
-//! between and are kept in order. A line longer than [`LINE_BYTES_MAX`] ends the conversation.
+//! between and are kept in order. A QEMU whose guest has taken it over cannot make its caller wait beyond the limit, nor hold
+//! more than a line of [`LINE_BYTES_MAX`] and events of [`EVENTS_BYTES_MAX`]: either ends the conversation.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, Read, Write};
@@ -14,6 +15,11 @@ use serde_json::{json, Value};
 
 /// No answer this engine asks for is near this long; the console's tail is the longest.
 const LINE_BYTES_MAX: usize = 1 << 20;
+/// Events that wait for somebody to ask for them, as lines. Some 250 bytes each; most come when a full overlay fails all
+/// requests of the volumes' queues at once, 256 each.
+const EVENTS_BYTES_MAX: usize = 1 << 20;
+/// For so long beyond a limit what has arrived is read; a QEMU that always has another line would be listened to for ever.
+const TALK_MAX: Duration = Duration::from_millis(100);
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,14 +57,22 @@ pub struct Qmp {
     socket: UnixStream,
     received: Vec<u8>,
     scanned: usize,
-    events: VecDeque<Event>,
+    /// Each with the length of its line.
+    events: VecDeque<(Event, usize)>,
+    events_bytes: usize,
 }
 
 impl Qmp {
     /// Over a connected socket on which QEMU will greet. Sends `qmp_capabilities` at once, without waiting.
     pub fn start(socket: UnixStream) -> io::Result<Qmp> {
         (&socket).write_all(b"{\"execute\":\"qmp_capabilities\",\"id\":\"hello\"}\n")?;
-        Ok(Qmp { socket, received: Vec::with_capacity(4096), scanned: 0, events: VecDeque::new() })
+        Ok(Qmp {
+            socket,
+            received: Vec::with_capacity(4096),
+            scanned: 0,
+            events: VecDeque::new(),
+            events_bytes: 0,
+        })
     }
 
     /// Sends a command whose answer nobody waits for; a failure shows in what it should have brought about.
@@ -88,14 +102,15 @@ impl Qmp {
     pub fn next_event(&mut self, limit: Duration) -> Result<Event, QmpError> {
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(event) = self.events.pop_front() {
+            if let Some((event, bytes)) = self.events.pop_front() {
+                self.events_bytes -= bytes;
                 return Ok(event);
             }
-            let message = self.message(deadline, limit)?;
+            let (message, bytes) = self.message(deadline, limit)?;
             if let Some(message) = error_of(&message) {
                 return Err(QmpError::Refused { command: "a posted command".to_owned(), message });
             }
-            self.keep_if_event(message);
+            self.keep_if_event(message, bytes)?;
         }
     }
 
@@ -135,9 +150,9 @@ impl Qmp {
     fn answer(&mut self, command: &str, limit: Duration) -> Result<Value, QmpError> {
         let deadline = Instant::now() + limit;
         loop {
-            let mut message = self.message(deadline, limit)?;
+            let (mut message, bytes) = self.message(deadline, limit)?;
             if message.get("id").and_then(Value::as_str) != Some("asked") {
-                self.keep_if_event(message);
+                self.keep_if_event(message, bytes)?;
             } else if let Some(message) = error_of(&message) {
                 return Err(QmpError::Refused { command: command.to_owned(), message });
             } else {
@@ -146,23 +161,34 @@ impl Qmp {
         }
     }
 
-    fn keep_if_event(&mut self, mut message: Value) {
-        if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
-            self.events.push_back(Event { name, data: message["data"].take() });
+    fn keep_if_event(&mut self, mut message: Value, bytes: usize) -> Result<(), QmpError> {
+        let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) else {
+            return Ok(());
+        };
+        self.events_bytes += bytes;
+        if self.events_bytes > EVENTS_BYTES_MAX {
+            return Err(QmpError::Io(io::Error::other("a flood of events from QEMU")));
         }
+        self.events.push_back((Event { name, data: message["data"].take() }, bytes));
+        Ok(())
     }
 
-    /// The next line, parsed.
-    fn message(&mut self, deadline: Instant, limit: Duration) -> Result<Value, QmpError> {
+    /// The next line, parsed, and its length.
+    fn message(&mut self, deadline: Instant, limit: Duration) -> Result<(Value, usize), QmpError> {
         loop {
             if let Some(at) = self.received[self.scanned..].iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.received.drain(..=self.scanned + at).collect();
                 self.scanned = 0;
-                return serde_json::from_slice(&line).map_err(|error| QmpError::Io(error.into()));
+                let message = serde_json::from_slice(&line).map_err(|error| QmpError::Io(error.into()))?;
+                return Ok((message, line.len()));
             }
             self.scanned = self.received.len();
             if self.scanned > LINE_BYTES_MAX {
                 return Err(QmpError::Io(io::Error::other("an endless line from QEMU")));
+            }
+            // No whole line is left here, so whoever polls the socket misses none.
+            if Instant::now() >= deadline + TALK_MAX {
+                return Err(QmpError::Timeout(limit));
             }
             self.receive(deadline, limit)?;
         }
@@ -230,6 +256,38 @@ mod tests {
         assert!(matches!(error, QmpError::Timeout(_)), "{error}");
         drop(qemu);
         assert!(matches!(qmp.next_event(SOON), Err(QmpError::Closed | QmpError::Io(_))));
+    }
+
+    /// A QEMU that says the same for as long as it is listened to.
+    fn flood(mut qemu: UnixStream, line: &'static [u8]) -> std::thread::JoinHandle<()> {
+        std::thread::spawn(move || {
+            let lines = line.repeat(100);
+            while qemu.write_all(&lines).is_ok() {}
+        })
+    }
+
+    #[test]
+    fn events_that_nobody_asked_for_are_kept_up_to_a_limit() {
+        let (mut qmp, qemu) = pair();
+        let flood = flood(qemu, b"{\"event\":\"A\"}\n");
+        let error = qmp.execute("query-x", json!({}), SOON).unwrap_err();
+        assert!(error.to_string().contains("flood of events"), "{error}");
+        assert!(qmp.events_bytes <= EVENTS_BYTES_MAX + LINE_BYTES_MAX);
+        drop(qmp);
+        flood.join().unwrap();
+    }
+
+    #[test]
+    fn a_qemu_that_never_stops_talking_is_not_listened_to_beyond_the_limit() {
+        let (mut qmp, qemu) = pair();
+        let flood = flood(qemu, b"{}\n");
+        let error = qmp.execute("query-x", json!({}), Duration::from_millis(200)).unwrap_err();
+        assert!(matches!(error, QmpError::Timeout(_)), "{error}");
+        let error = qmp.next_event(Duration::from_millis(200)).unwrap_err();
+        assert!(matches!(error, QmpError::Timeout(_)), "{error}");
+        assert_eq!(qmp.pending_event().unwrap(), None, "what is there already ends too");
+        drop(qmp);
+        flood.join().unwrap();
     }
 
     #[test]

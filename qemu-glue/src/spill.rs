@@ -23,6 +23,12 @@ const KEY_DERIVATION_MS: u32 = 10;
 /// Descriptor sets of spills are numbered from here, above those of the command line.
 const FDSET_BASE: u32 = 1000;
 
+/// QEMU measures how fast it derives keys, and gives up with [`BUSY`] when it gets no processor time meanwhile
+/// (crypto/pbkdf.c). On a busy host the next try does better.
+const FORMAT_TRIES: u32 = 8;
+/// QEMU's words for it.
+const BUSY: &str = "Unable to get accurate CPU usage";
+
 /// Puts an empty encrypted overlay over node `volume`.
 pub fn stack_encrypted(
     qmp: &mut Qmp,
@@ -44,7 +50,13 @@ pub fn stack_encrypted(
     qmp.execute("blockdev-add", node, COMMAND_LIMIT)?;
     let mut format = json!({ "driver": "qcow2", "file": bytes, "size": size.0, "encrypt": encryption });
     format["encrypt"]["iter-time"] = json!(KEY_DERIVATION_MS);
-    run_job(qmp, &format!("{volume}-format"), format)?;
+    let mut tries = 1;
+    while let Err(error) = run_job(qmp, &format!("{volume}-format"), format.clone()) {
+        if tries == FORMAT_TRIES || !error.to_string().contains(BUSY) {
+            return Err(error);
+        }
+        tries += 1;
+    }
     let overlay = json!({ "driver": "qcow2", "node-name": top, "file": bytes, "encrypt": encryption,
                           "backing": null, "discard": "unmap" });
     qmp.execute("blockdev-add", overlay, COMMAND_LIMIT)?;

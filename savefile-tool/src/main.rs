@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use control_plane::cli::{fail, machine, Common};
+use control_plane::cli::{fail, generate_if_asked, machine, Common};
+use control_plane::daemon::client;
 use control_plane::error::{Kind, Result};
 use control_plane::inputs::Guest;
 use control_plane::machine::Machine;
@@ -19,7 +20,7 @@ use control_plane::state::State;
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage, 3 the savefile is missing, corrupt or stale.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvm-savefile", version)]
 struct Options {
     #[command(flatten)]
     common: Common,
@@ -87,6 +88,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    generate_if_asked::<Options>();
     let options = Options::parse();
     match run(options) {
         Ok(status) => status,
@@ -117,7 +119,10 @@ fn run(options: Options) -> Result<ExitCode> {
             bar.finish();
             report::print_verified(&dvm, &path, json);
         }
-        Command::Rm { dvm } => savefiles::remove(&state, &dvm)?,
+        Command::Rm { dvm } => {
+            savefiles::remove(&state, &dvm)?;
+            client::changed(&state);
+        }
         Command::Gc { json } => report::print_collected(&savefiles::collect(&state)?, json),
     }
     Ok(ExitCode::SUCCESS)
@@ -132,6 +137,7 @@ fn build(state: &State, dvm: &str, prerun: Option<PathBuf>, json: bool, backgrou
     let mut watch = progress::BuildWatch::new();
     let built = savefiles::build(state, &machine()?, dvm, &prerun, !background, &mut watch)?;
     watch.finish();
+    client::changed(state);
     if let Some(built) = built {
         report::print_built(dvm, &built, json);
     }
@@ -158,7 +164,7 @@ fn list(state: &State, json: bool) -> Result<()> {
 
 fn status(state: &State, dvm: &str, json: bool) -> Result<ExitCode> {
     let standing = standing(state, dvm)?;
-    report::print_status(dvm, &standing, json);
+    report::print_status(dvm, &standing, &savefiles::rebuild(state, dvm), json);
     Ok(if standing == Standing::Fresh { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use control_plane::output::bytes_text;
-use control_plane::savefiles::{Built, Collected, Description, Standing};
+use control_plane::savefiles::{Built, Collected, Description, Rebuild, Standing};
 use serde_json::{json, Map, Value};
 
 /// A DVM template in the list.
@@ -59,6 +59,7 @@ pub fn print_info(description: &Description, json: bool) {
                 "root_hash": description.root_hash,
                 "memory_bytes": manifest.memory_bytes,
                 "stored_bytes": description.stored_bytes,
+                "working_set_bytes": manifest.working_set_bytes().0,
                 "vcpus": manifest.vcpus,
                 "created": manifest.created,
                 "state": state_json(&description.standing),
@@ -81,6 +82,7 @@ pub fn print_info(description: &Description, json: bool) {
     line("memory", bytes_text(manifest.memory_bytes));
     line("vCPUs", manifest.vcpus.to_string());
     line("stored", bytes_text(description.stored_bytes));
+    line("working set", bytes_text(manifest.working_set_bytes().0));
     let host = &manifest.host;
     line(
         "host",
@@ -100,14 +102,25 @@ pub fn print_verified(dvm: &str, path: &Path, json: bool) {
 }
 
 /// How a savefile stands.
-pub fn print_status(dvm: &str, standing: &Standing, json: bool) {
+pub fn print_status(dvm: &str, standing: &Standing, rebuild: &Rebuild, json: bool) {
     if json {
-        println!("{}", json!({ "name": dvm, "state": state_json(standing) }));
+        let rebuilding = *rebuild == Rebuild::UnderWay;
+        println!("{}", json!({ "name": dvm, "state": state_json(standing), "rebuilding": rebuilding }));
         return;
     }
     println!("{dvm}: {}", state_text(standing));
-    if *standing != Standing::Fresh {
-        println!("Hint: `dispvm-savefile build {dvm}`");
+    if *standing == Standing::Fresh {
+        return;
+    }
+    match rebuild {
+        Rebuild::UnderWay => println!("a new savefile is being built"),
+        Rebuild::Failed(last, log) => {
+            println!(
+                "the last rebuild failed: {last} (see {})\nHint: `dispvm-savefile build {dvm}`",
+                log.display()
+            );
+        }
+        Rebuild::Quiet => println!("Hint: `dispvm-savefile build {dvm}`"),
     }
 }
 
@@ -137,12 +150,16 @@ pub fn print_collected(collected: &Collected, json: bool) {
         println!(
             "{}",
             json!({ "savefiles": collected.savefiles, "hot_images": collected.hot_images,
-                    "root_generations": collected.root_generations })
+                    "root_generations": collected.root_generations,
+                    "private_generations": collected.private_generations })
         );
     } else {
         println!(
-            "removed {} savefiles, {} hot images, {} template generations",
-            collected.savefiles, collected.hot_images, collected.root_generations
+            "removed {} savefiles, {} hot images, {} template generations, {} generations of private volumes",
+            collected.savefiles,
+            collected.hot_images,
+            collected.root_generations,
+            collected.private_generations
         );
     }
 }

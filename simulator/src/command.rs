@@ -52,7 +52,8 @@ impl Command {
                 command.pending = exec.argv[1..].join(&b' ');
                 command.pending.push(b'\n');
             }
-            "cat" => command.kind = Kind::Cat,
+            // A rehearsal's: what it reads is nothing.
+            "cat" | "sh" => command.kind = Kind::Cat,
             "witness" => command.kind = Kind::Witness,
             "exit" => command.exit = Exit::Code(number() as u8),
             "flood" => {

@@ -10,7 +10,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use engine::host::{AgentPipe, Capture, Confinement, Domain, HostError};
-use engine::units::ByteCount;
+use engine::units::{ByteCount, PageRange};
 
 use crate::agent::{Agent, THREAD};
 use crate::context::Context;
@@ -130,6 +130,11 @@ impl Domain for SimDomain {
         });
         self.end();
         capture
+    }
+
+    fn touched(&mut self) -> Result<Vec<PageRange>, HostError> {
+        self.fail("domain.touched", "ask which pages were touched")?;
+        Ok(self.vm.change(|state| state.guest.touched()))
     }
 
     fn events(&self) -> BorrowedFd<'_> {

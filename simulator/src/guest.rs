@@ -114,7 +114,7 @@ impl Guest {
             Ok(Volume {
                 name: volume.name.clone(),
                 size: volume.size,
-                base: volume.base.as_ref().map(File::open).transpose()?,
+                base: volume.base.path().map(File::open).transpose()?,
                 under: Changes::new(),
                 own: Changes::new(),
                 spill: None,
@@ -209,7 +209,7 @@ impl Guest {
             if size != volume.size.0 || *hash != hash_changes(&under) || !under.keys().eq(places) {
                 return wrong(format!("the delta of {} is not what boot {:x} has", volume.name, state.boot));
             }
-            let base = volume.base.as_ref().map(File::open).transpose()?;
+            let base = volume.base.path().map(File::open).transpose()?;
             volumes.push(Volume {
                 name: volume.name.clone(),
                 size: volume.size,
@@ -249,6 +249,11 @@ impl Guest {
     /// Bytes nothing in it uses.
     pub fn free_bytes(&self) -> ByteCount {
         ByteCount(self.free.len() as u64 * PAGE_SIZE)
+    }
+
+    /// The pages of what it was restored from that it has needed: all its programs' pages, in a guest so small.
+    pub fn touched(&self) -> Vec<PageRange> {
+        self.captured.iter().map(|place| PageRange::new(*place, 1)).collect()
     }
 
     /// The host takes the free memory and gives it back as zeros.

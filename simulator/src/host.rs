@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -116,8 +116,10 @@ impl Host for SimHost {
     }
 }
 
-/// Whether a file was opened for reading and has no writer's permission.
+/// Whether a file was opened for reading and, if it has a name, has no writer's permission.
 fn cannot_be_written(file: &File) -> io::Result<bool> {
     let flags = OFlag::from_bits_truncate(fcntl(file.as_raw_fd(), FcntlArg::F_GETFL)?);
-    Ok(flags & OFlag::O_ACCMODE == OFlag::O_RDONLY && file.metadata()?.permissions().mode() & 0o222 == 0)
+    let meta = file.metadata()?;
+    let immutable = meta.nlink() == 0 || meta.permissions().mode() & 0o222 == 0;
+    Ok(flags & OFlag::O_ACCMODE == OFlag::O_RDONLY && immutable)
 }

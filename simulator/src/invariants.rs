@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use control_plane::clones::CloneRecord;
+use control_plane::clones::{CloneRecord, Keeping};
 use control_plane::error::{Error, Result};
 use control_plane::names::QUARANTINE;
 use control_plane::qube::{Class, Qube, SavefilePin};
@@ -118,7 +118,7 @@ pub fn no_file_is_left(world: &World, before: &Before) -> Found {
     for qube in Qube::all(&world.state)? {
         let folder = Path::new("qubes").join(&qube.name);
         let mut expect = |names: &[String]| expected.extend(names.iter().map(|name| folder.join(name)));
-        expect(&["", "qube.toml", "record.lock"].map(String::from));
+        expect(&["", "qube.toml", "record.lock", "start.lock"].map(String::from));
         match qube.class {
             Class::TemplateVM(template) => {
                 expect(&["root".to_owned()]);
@@ -282,6 +282,7 @@ fn clone_records(world: &World) -> Result<Vec<CloneRecord>> {
             root_hash: String::new(),
             template: (String::new(), 0),
             pid: 0,
+            keeping: Keeping::Launcher,
             started: 0,
         };
         records.push(record.unwrap_or_else(none));

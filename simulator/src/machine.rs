@@ -55,6 +55,6 @@ impl Machine for SimMachine {
 
     fn agent_limits(&self) -> Limits {
         let limit = if self.context.steps.has_silence() { SILENCE } else { BUSY };
-        Limits { boot: limit, prerun: limit, settle: limit, identify: limit }
+        Limits { boot: limit, prerun: limit, settle: limit, identify: limit, rehearsal: limit }
     }
 }

@@ -152,7 +152,7 @@ pub fn run(setting: &Setting, action: &Action) -> io::Result<u8> {
     let result = act(&setting.world, SimMachine::new(context.clone()), action);
     setrlimit(Resource::RLIMIT_NOFILE, 1 << 10, 1 << 10)?;
     setrlimit(Resource::RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY)?;
-    for (fd, file) in descriptors()?.into_iter().filter(|(fd, _)| !before.contains_key(fd)) {
+    for (fd, file) in descriptors_since(&before)? {
         context.violation(&format!("{action:?} left descriptor {fd} open: {}", file.display()));
     }
     if agents()? > 0 {
@@ -211,6 +211,7 @@ pub fn new_dvm() -> Dvm {
         private_generation: 1,
         private_id: String::new(),
         volatile_mib: 32,
+        spares: Default::default(),
         savefile: None,
     }
 }
@@ -231,6 +232,20 @@ pub fn descriptors() -> io::Result<BTreeMap<i32, PathBuf>> {
     });
     let own = PathBuf::from(format!("/proc/{}/fd", std::process::id()));
     Ok(listed.filter(|(_, file)| *file != own).collect())
+}
+
+/// Descriptors that were not there before and stay. What is read ahead of a restore is read on a thread of its own, which may
+/// outlast a short command by a moment.
+fn descriptors_since(before: &BTreeMap<i32, PathBuf>) -> io::Result<Vec<(i32, PathBuf)>> {
+    let mut more = Vec::new();
+    for _ in 0..100 {
+        more = descriptors()?.into_iter().filter(|(fd, _)| !before.contains_key(fd)).collect();
+        if more.is_empty() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(more)
 }
 
 /// How many agents' threads this process has. A thread that was joined may be listed for a moment more.

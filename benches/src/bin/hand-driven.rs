@@ -14,7 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::Parser;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
-use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network};
+use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network, Op};
 
 /// A launch without a launcher.
 #[derive(Parser)]
@@ -44,6 +44,9 @@ struct Options {
     /// name,prepared empty overlay[,delta][,base]: one per volume, files separated by commas, `-` for none
     #[arg(long)]
     volume: Vec<String>,
+    /// Exercise and pause the restored guest, say so in a line, and go on when a line comes
+    #[arg(long, requires = "image")]
+    spare: bool,
     /// The command
     #[arg(last = true)]
     command: Vec<String>,
@@ -118,18 +121,24 @@ fn main() {
                 "{{\"execute\":\"qmp_capabilities\"}}{{\"execute\":\"migrate-set-capabilities\",\"arguments\":{{\"capabilities\":[{{\"capability\":\"x-ignore-shared\",\"state\":true}}]}}}}{{\"execute\":\"migrate-incoming\",\"arguments\":{{\"uri\":\"fd:{fd}\"}}}}"
             );
             qmp.write_all(words.as_bytes()).expect("QMP");
-            await_resume(&mut qmp);
+            await_word(&mut qmp, b"\"RESUME\"");
         }
         None => {
             await_frame(&mut agent, &mut decoder, |frame| matches!(frame, GuestFrame::Hello(_)));
         }
     }
-    let mut out = Vec::new();
-    HostFrame::Identify(Box::new(identity())).encode(&mut out).expect("an identity");
-    let exec = Box::new(Exec::user(options.command.iter().map(String::as_str)));
-    HostFrame::Exec { stream: 1, exec }.encode(&mut out).expect("a command");
-    HostFrame::Thaw.encode(&mut out).expect("a thaw");
-    agent.write_all(&out).expect("the agent listens");
+    if options.spare {
+        for _ in 0..engine::spare::EXERCISES {
+            exercise(&mut agent, &mut decoder);
+        }
+        qmp.write_all(b"{\"execute\":\"stop\"}").expect("QMP");
+        await_word(&mut qmp, b"\"STOP\"");
+        println!("ready");
+        std::io::stdin().read_line(&mut String::new()).expect("a word");
+        qmp.write_all(b"{\"execute\":\"cont\"}").expect("QMP");
+    }
+    let exec = Exec::user(options.command.iter().map(String::as_str));
+    agent.write_all(&launch_words(exec)).expect("the agent listens");
     await_frame(&mut agent, &mut decoder, |frame| match frame {
         GuestFrame::Stdout { bytes, .. } => {
             let mut stdout = std::io::stdout();
@@ -141,6 +150,32 @@ fn main() {
     });
     qemu.kill().expect("QEMU is there");
     qemu.wait().expect("QEMU ends");
+}
+
+/// Identity, command and thaw, as one write.
+fn launch_words(exec: Exec) -> Vec<u8> {
+    let mut out = Vec::new();
+    HostFrame::Identify(Box::new(identity())).encode(&mut out).expect("an identity");
+    HostFrame::Exec { stream: 1, exec: Box::new(exec) }.encode(&mut out).expect("a command");
+    HostFrame::Thaw.encode(&mut out).expect("a thaw");
+    out
+}
+
+/// A launch to its end, as our spares are exercised, and a freeze.
+fn exercise(agent: &mut UnixStream, decoder: &mut Decoder) {
+    let mut out = launch_words(Exec::user(["sh", "-c", "cat; date"]));
+    HostFrame::StdinEof { stream: 1 }.encode(&mut out).expect("an end");
+    agent.write_all(&out).expect("the agent listens");
+    let (mut exited, mut thawed) = (false, false);
+    await_frame(agent, decoder, |frame| {
+        exited |= matches!(frame, GuestFrame::Exited { .. });
+        thawed |= matches!(frame, GuestFrame::Done(Op::Thaw));
+        exited && thawed
+    });
+    out.clear();
+    HostFrame::Freeze.encode(&mut out).expect("a freeze");
+    agent.write_all(&out).expect("the agent listens");
+    await_frame(agent, decoder, |frame| matches!(frame, GuestFrame::Done(Op::Freeze)));
 }
 
 fn add_volume(words: &str, command: &mut Command, kept: &mut Vec<File>) {
@@ -192,9 +227,9 @@ fn identity() -> Identity {
     }
 }
 
-fn await_resume(qmp: &mut UnixStream) {
+fn await_word(qmp: &mut UnixStream, word: &[u8]) {
     let (mut seen, mut buffer) = (Vec::new(), [0u8; 4096]);
-    while !seen.windows(8).any(|window| window == b"\"RESUME\"") {
+    while !seen.windows(word.len()).any(|window| window == word) {
         let count = qmp.read(&mut buffer).expect("QMP");
         assert!(count > 0, "QEMU ended: {}", String::from_utf8_lossy(&seen));
         seen.extend_from_slice(&buffer[..count]);

@@ -4,16 +4,17 @@
 //! `--full` measures 100 launches each and adds its lines to benches/results/; `--short` is CI's guard: it fails when a
 //! ratio is worse than its mark by half, twice in a row.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::process::{Child, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
+use benches::clock::{children_of, first_byte, ms};
 use benches::guests::{Bench, Subject, DEBIAN, TEST, TEST_4G};
+use benches::results;
 use benches::stats::{median, percentile};
 use benches::table::{self, Row};
 use clap::Parser;
-use serde_json::json;
 
 /// The command whose first byte is waited for.
 const COMMAND: [&str; 2] = ["echo", "x"];
@@ -52,7 +53,7 @@ fn main() -> ExitCode {
     let mut rows = measure(&bench, launches, cold_boots);
     println!("{}", table::text(&rows));
     if options.full {
-        keep(&rows, launches);
+        results::keep("launch", &rows, launches);
     }
     if rows.iter().any(Row::is_far_off) {
         println!("\na ratio is far off its mark; measuring once more");
@@ -138,18 +139,6 @@ fn exit_delay(bench: &Bench, subject: &Subject) -> Option<f64> {
     Some(total - until_exited)
 }
 
-/// Exec to the first byte of the command's output.
-fn first_byte(command: &mut Command) -> f64 {
-    let start = Instant::now();
-    let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
-    let mut byte = [0u8];
-    let read = child.stdout.as_mut().expect("a pipe").read_exact(&mut byte);
-    read.unwrap_or_else(|_| panic!("no byte from {command:?}"));
-    let taken = ms(start);
-    child.wait().expect("it ends");
-    taken
-}
-
 /// From the end of stdin, which ends the command, to the end of QEMU, both seen from outside.
 fn all_gone(bench: &Bench) -> f64 {
     let (mut launch, qemu) = idle_clone(bench, &TEST);
@@ -188,40 +177,6 @@ fn idle_clone(bench: &Bench, subject: &Subject) -> (Child, u32) {
     let mut launch = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
     let mut byte = [0u8];
     launch.stdout.as_mut().expect("a pipe").read_exact(&mut byte).expect("a byte");
-    let qemu = child_of(launch.id()).expect("the launcher has one child");
+    let qemu = *children_of(launch.id()).first().expect("the launcher has one child");
     (launch, qemu)
-}
-
-fn child_of(pid: u32) -> Option<u32> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-    text.split_whitespace().next()?.parse().ok()
-}
-
-fn ms(start: Instant) -> f64 {
-    start.elapsed().as_secs_f64() * 1e3
-}
-
-/// Adds the run to benches/results/launch.jsonl, with the machine it ran on.
-fn keep(rows: &[Row], launches: usize) {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let cpu =
-        cpu.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap_or("unknown").to_owned();
-    let line = json!({
-        "unix_seconds": seconds,
-        "launches": launches,
-        "cpu": cpu,
-        "cores": std::thread::available_parallelism().map_or(0, usize::from),
-        "kernel": std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
-        "accel": "tcg",
-        "rows": rows.iter().map(Row::json).collect::<Vec<_>>(),
-    });
-    let path = Path::new("benches/results/launch.jsonl");
-    let kept = std::fs::create_dir_all("benches/results")
-        .and_then(|()| std::fs::File::options().append(true).create(true).open(path))
-        .and_then(|mut file| writeln!(file, "{line}"));
-    match kept {
-        Ok(()) => println!("\nkept in {}", path.display()),
-        Err(error) => println!("\ncannot keep the run in {}: {error}", path.display()),
-    }
 }

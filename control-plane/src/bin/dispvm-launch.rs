@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use control_plane::cli::{fail, machine, Common};
+use control_plane::cli::{fail, generate_if_asked, machine, Common, LOGIN_SHELL};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
 use control_plane::qube;
@@ -20,7 +20,7 @@ use qrexec::Exec;
 /// Exit status: the command's; 125 when the launch failed, 126 when it was refused, 127 when there is no such command or
 /// service in the disposable.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvm-launch", version)]
 struct Options {
     #[command(flatten)]
     common: Common,
@@ -46,6 +46,7 @@ struct Options {
 
 fn main() -> ExitCode {
     let start = Instant::now();
+    generate_if_asked::<Options>();
     let options = match Options::try_parse() {
         Ok(options) => options,
         Err(error) => {
@@ -81,7 +82,7 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
 fn exec(options: &Options) -> Result<Exec> {
     let exec = match &options.service {
         Some(service) => service_exec(service)?,
-        None if options.command.is_empty() => Exec::user(["/bin/sh", "-c", "exec \"${SHELL:-/bin/sh}\" -l"]),
+        None if options.command.is_empty() => Exec::user(LOGIN_SHELL),
         None => Exec::user(options.command.iter().cloned().map(OsString::into_vec)),
     };
     exec.validate().map_err(|error| Error::new(Kind::Usage, "the command cannot be sent").because(error))?;

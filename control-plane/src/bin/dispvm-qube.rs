@@ -1,18 +1,25 @@
-//! `dispvm-qube`: makes, lists and removes TemplateVMs and DVM templates.
+//! `dispvm-qube`: makes, lists and removes TemplateVMs and DVM templates, and runs them themselves to change them.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
-use control_plane::cli::{fail, Common};
-use control_plane::error::{Kind, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use control_plane::cli::{fail, generate_if_asked, machine, Common, LOGIN_SHELL};
+use control_plane::daemon;
+use control_plane::error::{Error, Kind, Result};
+use control_plane::launcher;
 use control_plane::output::bytes_text;
 use control_plane::qube::{Class, Dvm, Qube};
+use control_plane::start;
+use control_plane::state::State;
 use control_plane::templates::{self, TemplateFiles};
+use qrexec::{Exec, User};
 
-/// Makes, lists and removes TemplateVMs and the DVM templates on them.
+/// Makes, lists and removes TemplateVMs and the DVM templates on them, and runs them to change them.
 #[derive(Parser)]
-#[command(version)]
+#[command(name = "dispvm-qube", version)]
 struct Options {
     #[command(flatten)]
     common: Common,
@@ -67,7 +74,21 @@ enum Command {
         /// Size of the volatile volume in MiB
         #[arg(long, value_name = "MIB", default_value_t = 1024)]
         volatile_size: u64,
+        /// How many clones dispvmd keeps ready [default: as many as it was told]
+        #[arg(long, value_name = "N")]
+        spares: Option<u32>,
     },
+    /// Run a TemplateVM or DVM template itself, to change it from inside
+    ///
+    /// Boots it, runs the command in it, and has it shut down. Then a TemplateVM's root volume as the run has left it, or a DVM
+    /// template's private volume, becomes the qube's next generation, whatever the command's exit status. Everything else that was
+    /// written is gone. Savefiles that become stale are rebuilt in the background.
+    ///
+    /// A run that does not end with the guest switching itself off (a signal, a crash, a restart) changes nothing.
+    ///
+    /// Exit status: the command's; 125 when the qube could not be started, run or kept, 126 when it was refused, 127 when there is no
+    /// such command in it.
+    Start(Start),
     /// List qubes
     List,
     /// Remove a qube
@@ -77,18 +98,56 @@ enum Command {
     },
 }
 
+#[derive(Args)]
+struct Start {
+    /// Name
+    name: String,
+    /// Who runs the command
+    #[arg(long, value_enum, default_value_t = RunAs::User)]
+    user: RunAs,
+    /// Memory in MiB [default: the DVM template's; 1024 for a TemplateVM]
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u64>,
+    /// Number of vCPUs [default: the DVM template's; 2 for a TemplateVM]
+    #[arg(long, value_name = "N")]
+    vcpus: Option<u32>,
+    /// Network: none, user, or tap:INTERFACE [default: the DVM template's; none for a TemplateVM]
+    #[arg(long)]
+    net: Option<String>,
+    /// Do not rebuild the savefiles that become stale
+    #[arg(long)]
+    no_rebuild: bool,
+    /// Command and arguments [default: a login shell]
+    #[arg(value_name = "CMD", last = true)]
+    command: Vec<OsString>,
+}
+
+/// Who a command in a guest runs as.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RunAs {
+    User,
+    Root,
+}
+
 fn main() -> ExitCode {
+    generate_if_asked::<Options>();
     let options = Options::parse();
+    let runs_a_command = matches!(options.command, Command::Start(_));
     match run(options) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => ExitCode::from(status),
         Err(error) => {
-            let status = if error.kind == Kind::Usage { 2 } else { 1 };
+            let status = match error.kind {
+                _ if runs_a_command => launcher::exit_of(&error),
+                Kind::Usage => 2,
+                _ => 1,
+            };
             fail("dispvm-qube", &error, status)
         }
     }
 }
 
-fn run(options: Options) -> Result<()> {
+/// Answers the exit status.
+fn run(options: Options) -> Result<u8> {
     let state = options.common.state()?;
     match options.command {
         Command::AddTemplate { name, root_image, kernel, initrd, cmdline, label } => {
@@ -96,7 +155,17 @@ fn run(options: Options) -> Result<()> {
             let generation = templates::add_template(&state, &name, &label, &files)?;
             println!("{name}: generation {generation}");
         }
-        Command::AddDvm { name, template, label, memory, vcpus, net, private_size, volatile_size } => {
+        Command::AddDvm {
+            name,
+            template,
+            label,
+            memory,
+            vcpus,
+            net,
+            private_size,
+            volatile_size,
+            spares,
+        } => {
             let dvm = Dvm {
                 template,
                 template_for_dispvms: true,
@@ -107,9 +176,15 @@ fn run(options: Options) -> Result<()> {
                 private_generation: 1,
                 private_id: String::new(),
                 volatile_mib: volatile_size,
+                spares: spares,
                 savefile: None,
             };
             templates::add_dvm(&state, &name, &label, dvm)?;
+        }
+        Command::Start(start) => {
+            let status = run_qube(&state, start)?;
+            daemon::client::changed(&state);
+            return Ok(status);
         }
         Command::List => {
             for qube in Qube::all(&state)? {
@@ -118,7 +193,29 @@ fn run(options: Options) -> Result<()> {
         }
         Command::Rm { name } => templates::remove(&state, &name)?,
     }
-    Ok(())
+    daemon::client::changed(&state);
+    Ok(0)
+}
+
+fn run_qube(state: &State, start: Start) -> Result<u8> {
+    let mut exec = match start.command.is_empty() {
+        true => Exec::user(LOGIN_SHELL),
+        false => Exec::user(start.command.into_iter().map(OsString::into_vec)),
+    };
+    exec.user = match start.user {
+        RunAs::User => User::User,
+        RunAs::Root => User::Root,
+    };
+    exec.validate().map_err(|error| Error::new(Kind::Usage, "the command cannot be sent").because(error))?;
+    let request = start::Request {
+        name: start.name,
+        exec,
+        memory_mib: start.memory,
+        vcpus: start.vcpus,
+        net: start.net,
+        rebuild: !start.no_rebuild,
+    };
+    start::run(state, &machine()?, request, &|text| eprintln!("dispvm-qube: {text}"))
 }
 
 fn line(qube: &Qube) -> String {

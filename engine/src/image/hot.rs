@@ -23,14 +23,18 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
 use serde::{Deserialize, Serialize};
 
+use super::working_set;
 use crate::savefile::{
     is_volume_name, DeviceState, Error, ImageId, ImageOutput, Manifest, OnProgress, PageMap, ReadBackend,
-    RootHash, Savefile, VolumeInfo,
+    RootHash, Savefile, VolumeInfo, MANIFEST_MAX,
 };
+use crate::units::{ByteCount, PageRange};
 
 const MEMORY: &str = "memory.img";
 const DEVICE_STATE: &str = "device-state";
 const INDEX: &str = "hot.json";
+/// A manifest and some names; what is longer is cut, and is then no JSON.
+const INDEX_MAX: ByteCount = ByteCount(2 * MANIFEST_MAX.0);
 const LOCK: &str = ".lock";
 const ASIDE: &str = ".aside";
 
@@ -72,16 +76,39 @@ pub struct HotFiles {
     pub device_state: File,
     /// Volume name and the file that the host stacks on its base, one per volume that has a delta.
     pub deltas: Vec<(String, File)>,
+    /// The pages of memory to be read ahead when they are not in the page cache: sorted, disjoint, within memory.
+    pub working_set: Vec<PageRange>,
 }
 
-/// `hot.json`.
-#[derive(Serialize, Deserialize)]
-struct Index {
+/// `hot.json`: what the files of a set are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HotIndex {
     manifest: Manifest,
     device_state_kind: String,
     device_state_version: u32,
     /// Volume name and file name.
     deltas: Vec<(String, String)>,
+}
+
+impl HotIndex {
+    /// Reads the index. Error: what is wrong with it. The files it names lie in the set's own folder.
+    pub fn parse(bytes: &[u8]) -> Result<HotIndex, String> {
+        let index: HotIndex = serde_json::from_slice(bytes).map_err(|err| err.to_string())?;
+        match index.deltas.iter().find(|(_, file)| !is_volume_name(file)) {
+            Some((volume, file)) => Err(format!("the delta of volume {volume} cannot be called {file:?}")),
+            None => Ok(index),
+        }
+    }
+
+    /// The names of the deltas' files.
+    pub fn delta_files(&self) -> impl Iterator<Item = &str> {
+        self.deltas.iter().map(|(_, file)| file.as_str())
+    }
+
+    /// The index's bytes.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
+        serde_json::to_vec(self).map_err(|err| err.to_string())
+    }
 }
 
 impl HotImage {
@@ -158,11 +185,11 @@ impl HotImage {
     }
 }
 
-fn open_set(dir: PathBuf, root: RootHash, mut index: File) -> Result<HotImage, Error> {
-    let mut json = String::new();
-    index.read_to_string(&mut json).map_err(Error::io("read the index of the hot image", &dir))?;
-    let index: Index = serde_json::from_str(&json)
-        .map_err(|err| Error::io("read the index of the hot image", &dir)(err.into()))?;
+fn open_set(dir: PathBuf, root: RootHash, index: File) -> Result<HotImage, Error> {
+    let mut json = Vec::new();
+    let step = "read the index of the hot image";
+    index.take(INDEX_MAX.0).read_to_end(&mut json).map_err(Error::io(step, &dir))?;
+    let index = HotIndex::parse(&json).map_err(|why| Error::io(step, &dir)(io::Error::other(why)))?;
     let open = |name: &str| {
         let path = dir.join(name);
         File::open(&path).map_err(Error::io("open the hot image's", &path))
@@ -175,7 +202,9 @@ fn open_set(dir: PathBuf, root: RootHash, mut index: File) -> Result<HotImage, E
     }
     let deltas = index.deltas.into_iter().map(|(volume, name)| Ok((volume, open(&name)?)));
     let deltas = deltas.collect::<Result<_, Error>>()?;
-    let files = HotFiles { memory, device_state: open(DEVICE_STATE)?, deltas };
+    let pages = ByteCount(found).pages_covering();
+    let working_set = working_set::bounded(index.manifest.working_set().collect(), pages);
+    let files = HotFiles { memory, device_state: open(DEVICE_STATE)?, deltas, working_set };
     let (device_state_kind, device_state_version) = (index.device_state_kind, index.device_state_version);
     Ok(HotImage { root, manifest: index.manifest, device_state_kind, device_state_version, files, dir })
 }
@@ -209,9 +238,13 @@ fn fill(
             }
         }
     }
-    let index =
-        Index { manifest: manifest.clone(), device_state_kind: kind, device_state_version: version, deltas };
-    let json = serde_json::to_vec(&index).map_err(|err| Error::io("make the index of", dir)(err.into()))?;
+    let index = HotIndex {
+        manifest: manifest.clone(),
+        device_state_kind: kind,
+        device_state_version: version,
+        deltas,
+    };
+    let json = index.to_bytes().map_err(|why| Error::io("make the index of", dir)(io::Error::other(why)))?;
     write_new(&dir.join(INDEX), &json)
 }
 

@@ -5,3 +5,4 @@
 
 pub mod hot;
 pub mod scan;
+pub mod working_set;

@@ -131,7 +131,7 @@ impl ChunkTable {
     }
 
     /// Reads a chunk table section; `data` is the chunk data section it must tile.
-    pub(crate) fn parse(section: &[u8], data: &Section) -> Result<ChunkTable, Fault> {
+    pub fn parse(section: &[u8], data: &Section) -> Result<ChunkTable, Fault> {
         let fault = |chunk, why| Fault::ChunkTable { chunk, why };
         let (head, entries) =
             RawHead::ref_from_prefix(section).map_err(|_| fault(0, "the table is too short for its head"))?;
@@ -156,7 +156,7 @@ impl ChunkTable {
     }
 
     /// The chunk table section's bytes.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+    pub fn to_bytes(&self) -> Vec<u8> {
         let head = RawHead {
             chunk_pages: (self.chunk_pages.0 as u32).into(),
             working_set_chunks: self.working_set_chunks.into(),

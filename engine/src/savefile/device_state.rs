@@ -37,7 +37,8 @@ pub struct DeviceState {
 }
 
 impl DeviceState {
-    pub(crate) fn parse(section: &[u8]) -> Result<DeviceState, Fault> {
+    /// Reads a device state section.
+    pub fn parse(section: &[u8]) -> Result<DeviceState, Fault> {
         let (head, bytes) = RawHead::ref_from_prefix(section)
             .map_err(|_| Fault::DeviceState("it is too short for its head"))?;
         if head.reserved.get() != 0 {
@@ -55,7 +56,8 @@ impl DeviceState {
         Ok(DeviceState { kind: kind.to_owned(), version: head.version.get(), bytes: bytes.to_vec() })
     }
 
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, String> {
+    /// The device state section's bytes; an error says which rule they would break.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         if !is_kind(&self.kind) {
             return Err(format!("the device state's kind {:?} is not 1 to 31 of a-z 0-9 . -", self.kind));
         }

@@ -13,7 +13,7 @@ use crate::units::{ByteCount, PageRange};
 
 /// The schema this engine writes and reads.
 pub const SCHEMA: u32 = 1;
-/// A manifest is a page or two; a working set of some 10,000 runs fits too. Nothing larger is read into memory.
+/// A manifest is a page or two; the largest working set that is recorded fits too. Nothing larger is read into memory.
 pub const MANIFEST_MAX: ByteCount = ByteCount(4 << 20);
 
 /// What a savefile was made from, and what it needs.
@@ -91,7 +91,7 @@ struct SchemaOnly {
 
 impl Manifest {
     /// Reads a manifest section.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Manifest, Fault> {
+    pub fn parse(bytes: &[u8]) -> Result<Manifest, Fault> {
         let fault = |err: serde_json::Error| Fault::Manifest { why: err.to_string() };
         let SchemaOnly { schema } = serde_json::from_slice(bytes).map_err(fault)?;
         if schema != SCHEMA {
@@ -101,7 +101,7 @@ impl Manifest {
     }
 
     /// The manifest section's bytes.
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, String> {
+    pub fn to_bytes(&self) -> Result<Vec<u8>, String> {
         if self.schema != SCHEMA {
             return Err(format!("the manifest says schema {}, this engine writes {SCHEMA}", self.schema));
         }
@@ -118,6 +118,12 @@ impl Manifest {
     /// The recorded working set of guest memory.
     pub fn working_set(&self) -> impl Iterator<Item = PageRange> + '_ {
         self.working_set.iter().map(|&(first, count)| PageRange::new(first, count))
+    }
+
+    /// The size of the recorded working set.
+    pub fn working_set_bytes(&self) -> ByteCount {
+        self.working_set()
+            .fold(ByteCount::ZERO, |sum, run| ByteCount(sum.0.saturating_add(run.count.bytes().0)))
     }
 
     /// The volume of that name.

@@ -39,7 +39,7 @@ pub use header::{
 pub use manifest::{HostIdentity, Manifest, VolumeInfo, MANIFEST_MAX, SCHEMA};
 pub use page_map::{is_volume_name, Content, ImageId, PageMap, PageMapBuilder, Run, Slot};
 pub use progress::{silent, OnProgress, Progress, Step};
-pub use reader::{peek, Peek, Savefile};
+pub use reader::{check_root, peek, Peek, Savefile};
 pub use writer::{write, ImageInput, Written};
 
 pub use crate::image::scan::Scope;

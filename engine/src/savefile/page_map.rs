@@ -125,7 +125,7 @@ impl PageMap {
     }
 
     /// Reads a page map section; `slots` is the number of stored pages of the whole savefile.
-    pub(crate) fn parse(section: &[u8], slots: PageCount) -> Result<PageMap, Fault> {
+    pub fn parse(section: &[u8], slots: PageCount) -> Result<PageMap, Fault> {
         let (head, runs) = RawHead::ref_from_prefix(section)
             .map_err(|_| Fault::PageMapHead("it is too short for its head"))?;
         let runs = <[RawRun]>::ref_from_bytes(runs)
@@ -158,7 +158,7 @@ impl PageMap {
     }
 
     /// The page map section's bytes.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+    pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(size_of::<RawHead>() + self.runs.len() * size_of::<RawRun>());
         bytes.extend_from_slice(RawHead::new(&self.image, self.pages).as_bytes());
         for run in &self.runs {

@@ -159,6 +159,20 @@ proptest! {
         prop_assert_eq!(flat(&chunks.concat()), flat(&plan.sources));
     }
 
+    /// The first slots are those of the pages asked for first, and no others.
+    #[test]
+    fn the_first_slots_hold_the_working_set_and_nothing_else(images in images()) {
+        let plan = plan_store(&images, &twins(&images)).unwrap();
+        let contents = contents(&images);
+        let wanted: HashSet<u64> = images[0].first.iter().flat_map(|run| run.pages())
+            .filter_map(|page| contents.get(&(0, page.0)).copied())
+            .collect();
+        let stored = plan.sources.iter().flat_map(|source| source.pages.pages().map(|page| contents[&(source.image, page.0)]));
+        let first: HashSet<u64> = stored.take(plan.first_slots.0 as usize).collect();
+        prop_assert_eq!(first.len() as u64, plan.first_slots.0);
+        prop_assert_eq!(first, wanted);
+    }
+
     #[test]
     fn decoding_puts_every_data_page_once_and_from_its_slot(images in images(), both in any::<bool>()) {
         let plan = plan_store(&images, &twins(&images)).unwrap();

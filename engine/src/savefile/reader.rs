@@ -185,7 +185,21 @@ impl Savefile {
     }
 }
 
+/// Whether the file at `path` is the savefile with this root hash, by its header alone: what a launch can afford, and enough to
+/// notice that a file was replaced. Errors: [`Error::NotThePinned`], and those of a header that is none.
+pub fn check_root(path: &Path, pinned: &RootHash) -> Result<(), Error> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    read_header(&file, path, Some(pinned)).map(drop)
+}
+
 fn read_head(file: &File, path: &Path, expected: Option<&RootHash>) -> Result<(Header, Manifest), Error> {
+    let header = read_header(file, path, expected)?;
+    let section = header.the(SectionKind::Manifest).map_err(|fault| fault.at(path))?;
+    let manifest = Manifest::parse(&read_section(file, path, section, MANIFEST_MAX)?);
+    Ok((header, manifest.map_err(|fault| fault.at(path))?))
+}
+
+fn read_header(file: &File, path: &Path, expected: Option<&RootHash>) -> Result<Header, Error> {
     let file_len = ByteCount(file.metadata().map_err(Error::io("look at", path))?.len());
     if file_len.0 < HEADER_LEN as u64 {
         return Err(Fault::TooShort { found: file_len }.at(path));
@@ -196,9 +210,7 @@ fn read_head(file: &File, path: &Path, expected: Option<&RootHash>) -> Result<(H
     if let Some(&pinned) = expected.filter(|&&pinned| pinned != header.root()) {
         return Err(Error::NotThePinned { path: path.to_owned(), pinned, found: header.root() });
     }
-    let section = header.the(SectionKind::Manifest).map_err(|fault| fault.at(path))?;
-    let manifest = Manifest::parse(&read_section(file, path, section, MANIFEST_MAX)?);
-    Ok((header, manifest.map_err(|fault| fault.at(path))?))
+    Ok(header)
 }
 
 /// Reads a section whole and checks its hash. The header has bounded it by the file's length.

@@ -72,7 +72,7 @@ pub fn holes(pages: usize) -> File {
 }
 
 /// A guest small enough to flip every bit of its savefile.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Guest {
     pub memory: Vec<Page>,
     pub root: Vec<Page>,

@@ -1,0 +1,205 @@
+//! Launches that get a spare, beside a spare driven by hand, interleaved in one run; what a spare costs while it waits; and
+//! how much memory many clones take.
+//!
+//! `--full` measures 200 launches of each guest and adds its lines to benches/results/; `--short` is CI's guard.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::process::{Child, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use benches::clock::{available_mib, children_of, cpu_seconds, first_byte, ms, own_mib, pss_mib};
+use benches::guests::{Bench, Subject, DEBIAN, TEST};
+use benches::results;
+use benches::stats::{median, percentile};
+use benches::table::{self, Row};
+use clap::Parser;
+
+/// The command whose first byte is waited for.
+const COMMAND: [&str; 2] = ["echo", "x"];
+/// How many clones run at once for the memory of one.
+const MANY: usize = 40;
+/// A spare under emulation is made within some seconds.
+const SPARE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Measures launches that get a spare.
+#[derive(Parser)]
+struct Options {
+    /// 200 launches of each guest, 40 clones at once; adds to benches/results/
+    #[arg(long)]
+    full: bool,
+    /// Ten launches of each; fails when a ratio is far off twice
+    #[arg(long, conflicts_with = "full")]
+    short: bool,
+    /// Another number of launches
+    #[arg(long)]
+    launches: Option<usize>,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let launches = options.launches.unwrap_or(if options.full { 200 } else { 10 });
+    let bench = Bench::open();
+    let mut rows = measure(&bench, launches, options.full);
+    println!("{}", table::text(&rows));
+    if options.full {
+        results::keep("spare", &rows, launches);
+    }
+    if rows.iter().any(Row::is_far_off) {
+        println!("\na ratio is far off its mark; measuring once more");
+        rows = measure(&bench, launches, false);
+        println!("{}", table::text(&rows));
+    }
+    match rows.iter().find(|row| row.is_far_off()) {
+        Some(row) => {
+            println!("\nfar off twice in a row: {}", row.measure);
+            ExitCode::FAILURE
+        }
+        None => ExitCode::SUCCESS,
+    }
+}
+
+fn measure(bench: &Bench, launches: usize, many: bool) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (name, subject, mark) in [("test guest", &TEST, 15.0), ("Debian guest", &DEBIAN, 40.0)] {
+        bench.prepare(subject);
+        let daemon = Daemon::start(bench, subject);
+        let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
+        for _ in 0..launches {
+            daemon.await_spare();
+            ours.push(first_byte(&mut bench.ours(subject, &COMMAND)));
+            by_hand.push(spare_by_hand(bench, subject));
+        }
+        let (p50, p95) = (median(&ours), percentile(&ours, 95.0));
+        rows.push(Row::limit(format!("{name}: exec → first byte with a spare, p50"), p50, "ms", mark));
+        rows.push(Row::report(format!("{name}: exec → first byte with a spare, p95"), p95, "ms"));
+        rows.push(Row::ratio(format!("{name}: p95 : p50"), p95 / p50, 2.0));
+        rows.push(Row::report(format!("{name}: spare driven by hand, p50"), median(&by_hand), "ms"));
+        let ratio = p50 / median(&by_hand);
+        // The test guest's mark is the one in ms: of its 10 ms our own process's start alone is one.
+        rows.push(match subject.guest {
+            "debian" => Row::ratio(format!("{name}: ours : by hand"), ratio, 1.15),
+            _ => Row::report(format!("{name}: ours : by hand"), ratio, "x"),
+        });
+        rows.extend(daemon.cost_of_waiting(name));
+    }
+    if many {
+        rows.push(Row::limit(
+            format!("{MANY} Debian clones at once: memory of each"),
+            many_clones(bench),
+            "MiB",
+            80.0,
+        ));
+    }
+    rows
+}
+
+/// `dispvmd`, keeping one spare of one guest.
+struct Daemon<'a> {
+    bench: &'a Bench,
+    subject: &'a Subject,
+    child: Child,
+}
+
+impl<'a> Daemon<'a> {
+    fn start(bench: &'a Bench, subject: &'a Subject) -> Daemon<'a> {
+        let mut add = bench.command("dispvm-qube");
+        add.args(["add-dvm", subject.dvm, "--template", subject.template, "--spares", "1"]);
+        add.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
+        assert!(add.status().is_ok_and(|status| status.success()), "{add:?}");
+        let child = bench.command("dispvmd").args(["--spares", "0"]).spawn().expect("it starts");
+        Daemon { bench, subject, child }
+    }
+
+    /// Waits until the spare is there, and its maker has come to rest.
+    fn await_spare(&self) {
+        let start = Instant::now();
+        while !self.has_spare() {
+            assert!(start.elapsed() < SPARE_LIMIT, "no spare of {}", self.subject.dvm);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+
+    fn has_spare(&self) -> bool {
+        let output = self.bench.command("dispvmd").args(["status", "--json"]).output().expect("it runs");
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let dvms = status["dvms"].as_array().cloned().unwrap_or_default();
+        dvms.iter().any(|dvm| dvm["dvm"] == self.subject.dvm && dvm["spares_ready"] == 1)
+    }
+
+    /// A spare's memory against a booted guest's, and its processor time.
+    fn cost_of_waiting(&self, name: &str) -> Vec<Row> {
+        self.await_spare();
+        let keeper = *children_of(self.child.id()).first().expect("a keeper");
+        let processes: Vec<u32> = children_of(keeper).into_iter().chain([keeper]).collect();
+        let spare: f64 = processes.iter().map(|pid| own_mib(*pid)).sum();
+        let mapped: f64 = processes.iter().map(|pid| pss_mib(*pid)).sum();
+        let before: f64 = processes.iter().map(|pid| cpu_seconds(*pid)).sum();
+        std::thread::sleep(Duration::from_secs(10));
+        let used = processes.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>() - before;
+        let booted = booted_mib(self.bench, self.subject);
+        vec![
+            Row::report(format!("{name}: memory of a waiting spare"), spare, "MiB"),
+            Row::report(format!("{name}: the same with page cache it maps"), mapped, "MiB"),
+            Row::report(format!("{name}: memory of a booted guest"), booted, "MiB"),
+            Row::ratio(format!("{name}: waiting spare : booted guest"), spare / booted, 0.2),
+            Row::limit(format!("{name}: processor time of a waiting spare"), used * 10.0, "%", 0.5),
+        ]
+    }
+}
+
+impl Drop for Daemon<'_> {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let _ = self.child.wait();
+    }
+}
+
+/// From the word to go on to the first byte.
+fn spare_by_hand(bench: &Bench, subject: &Subject) -> f64 {
+    let mut peer = bench.spare_by_hand(subject, &COMMAND).stdout(Stdio::piped()).spawn().expect("it starts");
+    let mut stdout = BufReader::new(peer.stdout.take().expect("a pipe"));
+    stdout.read_line(&mut String::new()).expect("its word");
+    std::thread::sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    peer.stdin.as_mut().expect("a pipe").write_all(b"go\n").expect("it listens");
+    stdout.read_exact(&mut [0u8]).expect("a byte");
+    let taken = ms(start);
+    peer.wait().expect("it ends");
+    taken
+}
+
+/// The memory of the QEMU of a guest that was booted, when it has come to rest.
+fn booted_mib(bench: &Bench, subject: &Subject) -> f64 {
+    let mut command = bench.by_hand(subject, true, &["sh", "-c", "echo x; sleep 6"]);
+    let mut peer = command.stdout(Stdio::piped()).spawn().expect("it starts");
+    peer.stdout.as_mut().expect("a pipe").read_exact(&mut [0u8]).expect("a byte");
+    std::thread::sleep(Duration::from_secs(5));
+    let qemu = *children_of(peer.id()).first().expect("QEMU");
+    let used = own_mib(qemu);
+    peer.wait().expect("it ends");
+    used
+}
+
+/// What of the machine's memory each of many Debian clones takes, all of them alive and idle.
+fn many_clones(bench: &Bench) -> f64 {
+    bench.prepare(&DEBIAN);
+    let before = available_mib();
+    let mut clones: Vec<Child> = (0..MANY)
+        .map(|_| {
+            let mut launch = bench.ours(&DEBIAN, &["sh", "-c", "echo x; read go"]);
+            launch.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts")
+        })
+        .collect();
+    for clone in &mut clones {
+        clone.stdout.as_mut().expect("a pipe").read_exact(&mut [0u8]).expect("a byte of each");
+    }
+    std::thread::sleep(Duration::from_secs(5));
+    let each = (before - available_mib()) / MANY as f64;
+    for mut clone in clones {
+        drop(clone.stdin.take());
+        clone.wait().expect("it ends");
+    }
+    each
+}

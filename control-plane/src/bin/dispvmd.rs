@@ -1,0 +1,106 @@
+//! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
+use control_plane::daemon::protocol::Status;
+use control_plane::daemon::{client, keeper, server};
+use control_plane::error::{Error, Kind, Result};
+
+/// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh.
+///
+/// Runs in the foreground until SIGTERM or SIGINT; running disposables go on without it. What it has to say it says on standard
+/// error.
+///
+/// Exit status: 0 done, 1 failed, 2 wrong usage.
+#[derive(Parser)]
+#[command(name = "dispvmd", version)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Spares of each DVM template that was not given a number of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    spares: u32,
+    /// Age in seconds at which a spare is replaced
+    #[arg(long, value_name = "S", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
+    spare_age: u64,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Say what the running dispvmd has: savefiles, spares, clones
+    Status {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keep one spare (started by dispvmd itself)
+    #[command(hide = true)]
+    Keeper {
+        /// DVM template
+        dvm: String,
+    },
+    /// Make the hot image of a savefile (started by dispvmd itself)
+    #[command(hide = true)]
+    Admit {
+        /// DVM template
+        dvm: String,
+    },
+}
+
+fn main() -> ExitCode {
+    generate_if_asked::<Options>();
+    let options = Options::parse();
+    start_log();
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let status = if error.kind == Kind::Usage { 2 } else { 1 };
+            fail("dispvmd", &error, status)
+        }
+    }
+}
+
+fn run(options: Options) -> Result<()> {
+    let state = options.common.state()?;
+    match options.command {
+        None => {
+            let age_max = Duration::from_secs(options.spare_age);
+            server::run(&state, &machine()?, server::Options { spares: options.spares, age_max })
+        }
+        Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
+        Some(Command::Keeper { dvm }) => keeper::run(&state, &machine()?, &dvm),
+        Some(Command::Status { json }) => {
+            let status = client::status(&state).ok_or_else(|| {
+                Error::new(Kind::Failed, format!("no dispvmd runs on {}", state.root().display()))
+                    .hint("`dispvmd` starts one")
+            })?;
+            print_status(&status, json)
+        }
+    }
+}
+
+fn print_status(status: &Status, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string(status).map_err(Error::failed("write JSON"))?);
+        return Ok(());
+    }
+    for dvm in &status.dvms {
+        let rebuilding = if dvm.rebuilding { ", being rebuilt" } else { "" };
+        println!(
+            "{:20} {} of {} spares ready; savefile: {}{rebuilding}",
+            dvm.dvm, dvm.spares_ready, dvm.spares_wanted, dvm.savefile
+        );
+        if let Some(failure) = &dvm.last_failure {
+            println!("{:20} the last spare could not be made: {failure}", "");
+        }
+    }
+    if !status.kept.is_empty() {
+        println!("running: {}", status.kept.join(", "));
+    }
+    Ok(())
+}

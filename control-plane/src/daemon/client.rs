@@ -1,0 +1,123 @@
+//! What others ask of `dispvmd`. A daemon that is not there, or does not answer in time, is no error: all works without.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use engine::host::HostError;
+use engine::identity::CloneNumber;
+
+use super::channel::Channel;
+use super::protocol::{Answer, Hello, LifelineSays, Spare, Status};
+use crate::session::Attended;
+use crate::state::State;
+
+/// A daemon answers within a millisecond. One that is stopped, or whose machine is out of breath, is not waited for.
+const ANSWER_LIMIT: Duration = Duration::from_millis(500);
+/// Ending a clone is killing a process, which takes some milliseconds.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the daemon has for a launcher.
+pub enum Found {
+    /// A clone that waits for its owner.
+    Spare(HandedOut),
+    /// No spare.
+    None {
+        /// Whether the daemon has the savefile rebuilt.
+        rebuilding: bool,
+    },
+    /// No daemon.
+    NoDaemon,
+}
+
+/// A clone that was handed out. It lives as long as the lifeline.
+pub struct HandedOut {
+    /// What it is.
+    pub spare: Spare,
+    /// The number in its name.
+    pub number: CloneNumber,
+    /// The channel to its agent.
+    pub agent: UnixStream,
+    /// What holds it.
+    pub lifeline: Lifeline,
+}
+
+/// Asks for a clone of `dvm`.
+pub fn spare(state: &State, dvm: &str) -> Found {
+    match ask(state, &Hello::Spare { dvm: dvm.to_owned() }) {
+        Ok((Answer::Spare(spare), fds)) => {
+            let number = CloneNumber::new(spare.number);
+            match (number, <[_; 2]>::try_from(fds)) {
+                (Some(number), Ok([agent, lifeline])) => Found::Spare(HandedOut {
+                    spare,
+                    number,
+                    agent: agent.into(),
+                    lifeline: Lifeline(lifeline.into()),
+                }),
+                _ => Found::NoDaemon,
+            }
+        }
+        Ok((Answer::None { rebuilding }, _)) => Found::None { rebuilding },
+        Ok(_) => Found::NoDaemon,
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::debug!("dispvmd: {error}");
+            }
+            Found::NoDaemon
+        }
+    }
+}
+
+/// How all stands; `None` without a daemon.
+pub fn status(state: &State) -> Option<Status> {
+    match ask(state, &Hello::Status) {
+        Ok((Answer::Status(status), _)) => Some(status),
+        _ => None,
+    }
+}
+
+/// Tells the daemon, if there is one, that a record has changed.
+pub fn changed(state: &State) {
+    let _ = ask(state, &Hello::Changed);
+}
+
+fn ask(state: &State, hello: &Hello) -> io::Result<(Answer, Vec<std::os::fd::OwnedFd>)> {
+    let daemon = Channel::connect(&state.daemon_socket())?;
+    daemon.send(hello, &[])?;
+    daemon.receive_within(ANSWER_LIMIT)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// What holds a clone that was handed out: when it ends, so does the clone.
+pub struct Lifeline(Channel);
+
+impl Lifeline {
+    /// Lets the clone go, and waits until it is gone.
+    pub fn end(self) -> io::Result<()> {
+        self.0.shut_down_sending()?;
+        loop {
+            match self.0.receive_within::<LifelineSays>(END_LIMIT)? {
+                Some((LifelineSays::Gone, _)) | None => return Ok(()),
+                Some((LifelineSays::Failed { .. }, _)) => {}
+            }
+        }
+    }
+}
+
+impl Attended for Lifeline {
+    fn events(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn attend(&mut self) -> Result<(), HostError> {
+        let step = "keep the clone";
+        match self.0.receive::<LifelineSays>() {
+            Ok(Some((LifelineSays::Failed { reason }, _))) => {
+                Err(HostError::Hypervisor { step, message: reason })
+            }
+            Ok(Some((LifelineSays::Gone, _))) => Err(HostError::Gone { step, detail: String::new() }),
+            Ok(None) => Err(HostError::Gone { step, detail: ": its keeper was killed".to_owned() }),
+            Err(source) => Err(HostError::Io { step, source }),
+        }
+    }
+}

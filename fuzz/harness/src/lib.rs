@@ -1,0 +1,53 @@
+//! What each fuzz target does with its bytes: thin calls into the project's own parsers, and what must hold afterwards.
+//!
+//! Invariants:
+//! - a target is a function of its bytes alone, and leaves nothing behind: no file with a name, no process, no thread;
+//! - no bytes make it panic. What a parser refuses is fine; what it accepts must hold what its module promises;
+//! - what a target allocates is bounded by the length of its input and by named limits ([`OUTPUT_PAGES_MAX`]).
+//!
+//! libFuzzer drives the same functions (`../fuzz_targets`) as the replay of the corpora does, an ordinary test on an
+//! ordinary toolchain (`tests/replay.rs`). README.md in the folder above says how to run either, and how to add a target.
+
+mod files;
+pub mod qemu;
+pub mod records;
+pub mod savefile;
+pub mod sealed;
+pub mod stream;
+
+pub use savefile::OUTPUT_PAGES_MAX;
+
+/// A fuzz target.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// The name of its program and of its corpus's folder.
+    pub name: &'static str,
+    /// What it does with an input.
+    pub run: fn(&[u8]),
+}
+
+/// Every target there is.
+pub const TARGETS: &[Target] = &[
+    Target { name: "savefile", run: savefile::whole },
+    Target { name: "savefile_sealed", run: savefile::sealed },
+    Target { name: "header", run: savefile::header },
+    Target { name: "manifest", run: savefile::manifest },
+    Target { name: "device_state", run: savefile::device_state },
+    Target { name: "page_map", run: savefile::page_map },
+    Target { name: "chunk_table", run: savefile::chunk_table },
+    Target { name: "hot_index", run: records::hot_index },
+    Target { name: "qube_record", run: records::qube },
+    Target { name: "clone_record", run: records::clone },
+    Target { name: "control_socket", run: records::control_socket },
+    Target { name: "guest_stream", run: stream::from_guest },
+    Target { name: "host_stream", run: stream::from_host },
+    Target { name: "qmp", run: qemu::qmp },
+    Target { name: "qcow2", run: qemu::qcow2 },
+];
+
+/// Splits a number off the front of an input; what is missing of it is zero.
+pub(crate) fn take<const N: usize>(data: &mut &[u8]) -> [u8; N] {
+    let (front, rest) = data.split_at(N.min(data.len()));
+    *data = rest;
+    std::array::from_fn(|at| front.get(at).copied().unwrap_or(0))
+}

@@ -1,0 +1,276 @@
+//! Makes the seeds of the corpora from real savefiles, frames and records: `cargo test -p fuzz-harness --test seeds -- --ignored`.
+
+#[path = "../../../engine/tests/common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use common::{Guest, Page};
+use engine::savefile::{ChunkTable, Header, Savefile, SectionKind};
+use engine::units::ByteCount;
+use fuzz_harness::sealed::{parse, recipe, seal, Part};
+use qrexec::*;
+
+/// qcow2's mark of a cluster with one reference.
+const COPIED: u64 = 1 << 63;
+
+fn keep(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../corpus").join(target);
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join(format!("seed-{name}")), bytes).unwrap();
+}
+
+/// Guests whose savefiles have one chunk, none, one that does not compress, and two.
+fn guests() -> Vec<(&'static str, Guest)> {
+    let empty = Guest { memory: vec![Page::Hole; 4], changed: vec![], ..Guest::small() };
+    let noise =
+        Guest { memory: vec![Page::Noise(1), Page::Hole], working_set: vec![(0, 1)], ..Guest::small() };
+    let mut many = Guest::small();
+    many.memory =
+        (0..280).map(|page| if page % 3 == 0 { Page::Fill((page / 3) as u8) } else { Page::Hole }).collect();
+    many.working_set = vec![(9, 3), (200, 80)];
+    vec![("small", Guest::small()), ("empty", empty), ("noise", noise), ("many", many)]
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_savefiles() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, guest) in guests() {
+        let path = folder.path().join(name);
+        guest.write(&path).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let header = Header::parse(&bytes[..4096], ByteCount(bytes.len() as u64)).unwrap();
+        let parts: Vec<Part> = header.sections().iter().map(|section| part(&bytes, section)).collect();
+        assert_eq!(parse(&recipe(&parts)), parts);
+        assert!(seal(parts.clone()) == bytes, "a recipe gives the very file the writer writes");
+        keep("savefile", name, &bytes);
+        keep("savefile_sealed", name, recipe(&parts));
+        keep("header", name, &bytes[12..640]);
+        let savefile = Savefile::open(&path, None).unwrap();
+        let table: &ChunkTable = savefile.chunk_table();
+        let data = header.the(SectionKind::ChunkData).unwrap();
+        let words = [data.offset.0 as u32, data.length.0 as u32];
+        keep(
+            "chunk_table",
+            name,
+            [words[0].to_le_bytes().to_vec(), words[1].to_le_bytes().to_vec(), table.to_bytes()].concat(),
+        );
+        for (nth, map) in savefile.page_maps().iter().enumerate() {
+            let slots = (table.slots().0 as u32).to_le_bytes().to_vec();
+            keep("page_map", &format!("{name}-{nth}"), [slots, map.to_bytes()].concat());
+        }
+        keep("manifest", name, savefile.manifest().to_bytes().unwrap());
+        keep("device_state", name, savefile.device_state().unwrap().to_bytes().unwrap());
+        let index = serde_json::json!({ "manifest": savefile.manifest(), "device_state_kind": "qemu-migration",
+            "device_state_version": 7, "deltas": [["root", "root.qcow2"]] });
+        keep("hot_index", name, index.to_string());
+    }
+}
+
+fn part(file: &[u8], section: &engine::savefile::Section) -> Part {
+    let kind = match section.kind {
+        SectionKind::Manifest => 1,
+        SectionKind::DeviceState => 2,
+        SectionKind::PageMap => 3,
+        SectionKind::ChunkTable => 4,
+        SectionKind::ChunkData => 5,
+        SectionKind::Unknown(other) => other as u8,
+    };
+    let start = section.offset.0 as usize;
+    Part { kind, flags: 0, bytes: file[start..start + section.length.0 as usize].to_vec() }
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_streams() {
+    let stream = |seed: u16, frames: &[u8]| [&seed.to_le_bytes()[..], frames].concat();
+    let hello = Hello {
+        protocol: PROTOCOL,
+        agent_version: "0.1.0".into(),
+        kernel: "6.1.0".into(),
+        session: true,
+        frozen: false,
+    };
+    let failed = Failed { op: Some(Op::Exec), step: "start".into(), errno: 13, message: "denied".into() };
+    let said = |frames: &[GuestFrame]| {
+        let mut out = Vec::new();
+        frames.iter().for_each(|frame| frame.encode(&mut out));
+        out
+    };
+    let build = [
+        GuestFrame::Hello(hello.clone()),
+        GuestFrame::FreeMemory(1 << 20),
+        GuestFrame::Done(Op::Settle),
+        GuestFrame::Done(Op::Freeze),
+        GuestFrame::Pong(7),
+    ];
+    let launch = [
+        GuestFrame::Done(Op::Identify),
+        GuestFrame::StdinCredit { stream: 1, bytes: 65536 },
+        GuestFrame::Stdout { stream: 1, bytes: b"hello\n".to_vec() },
+        GuestFrame::Stderr { stream: 1, bytes: vec![0; 40] },
+        GuestFrame::StdinClosed { stream: 1 },
+        GuestFrame::StdoutEof { stream: 1 },
+        GuestFrame::StderrEof { stream: 1 },
+        GuestFrame::Exited { stream: 1, exit: Exit::Code(7) },
+        GuestFrame::Exited { stream: 2, exit: Exit::Signal(9) },
+        GuestFrame::Exited { stream: 3, exit: Exit::NotFound(2) },
+    ];
+    keep("guest_stream", "build", stream(1, &said(&build)));
+    keep("guest_stream", "launch", stream(2, &said(&launch)));
+    keep("guest_stream", "failed", stream(3, &said(&[GuestFrame::Failed { stream: 1, failed }])));
+
+    let network = Network {
+        address: Ipv4Addr::new(10, 137, 0, 5),
+        prefix_len: 32,
+        gateway: Some(Ipv4Addr::new(10, 137, 0, 1)),
+        dns: vec![Ipv4Addr::new(10, 139, 1, 1)],
+    };
+    let identity = |network| Identity {
+        hostname: "disp7".into(),
+        machine_id: [1; 16],
+        entropy: [2; ENTROPY_BYTES],
+        realtime_ns: 1_700_000_000_000_000_000,
+        mac: [2, 0, 0, 0, 0, 1],
+        network,
+    };
+    let exec = Exec {
+        env: vec![(b"A".to_vec(), b"b".to_vec())],
+        cwd: Some(b"/tmp".to_vec()),
+        user: User::Root,
+        ..Exec::user(["sh", "-c", "exit 7"])
+    };
+    let asked = |frames: &[HostFrame]| {
+        let mut out = Vec::new();
+        frames.iter().for_each(|frame| frame.encode(&mut out).unwrap());
+        out
+    };
+    let build = [
+        HostFrame::Prerun(b"#!/bin/sh\n".to_vec()),
+        HostFrame::Prerun(vec![]),
+        HostFrame::Settle,
+        HostFrame::Warm,
+        HostFrame::Freeze,
+        HostFrame::Ping(7),
+        HostFrame::Shutdown,
+    ];
+    let launch = [
+        HostFrame::Identify(Box::new(identity(Some(network)))),
+        HostFrame::Exec { stream: 1, exec: Box::new(exec) },
+        HostFrame::Thaw,
+    ];
+    let session = [
+        HostFrame::Identify(Box::new(identity(None))),
+        HostFrame::Stdin { stream: 1, bytes: b"abc".to_vec() },
+        HostFrame::StdinEof { stream: 1 },
+        HostFrame::StdoutCredit { stream: 1, bytes: 65536 },
+        HostFrame::StderrCredit { stream: 1, bytes: 65536 },
+        HostFrame::Signal { stream: 1, signal: 15 },
+    ];
+    for (name, frames) in [("build", &build[..]), ("launch", &launch), ("session", &session)] {
+        keep("host_stream", name, stream(5, &asked(frames)));
+    }
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_records() {
+    keep(
+        "qube_record",
+        "template",
+        r#"name = "qube"
+label = "black"
+
+[class.TemplateVM]
+generation = 3
+root_hash = "ab12"
+root_bytes = 2147483648
+kernel_hash = "00"
+initrd_hash = "01"
+cmdline = "root=/dev/vda rw quiet"
+"#,
+    );
+    keep(
+        "qube_record",
+        "dvm",
+        r#"name = "qube"
+label = "red"
+
+[class.AppVM]
+template = "debian-12"
+template_for_dispvms = true
+memory_mib = 1024
+vcpus = 2
+net = "tap:vif0"
+private_mib = 2048
+private_generation = 1
+private_id = "x"
+volatile_mib = 1024
+
+[class.AppVM.savefile]
+generation = 4
+root_hash = "5dcb16151ca4bb04887769f7f709eb89975e00d15dc720b175f66b83cba795fb"
+inputs = "77"
+"#,
+    );
+    keep(
+        "clone_record",
+        "disp7",
+        r#"{"name":"disp7","dvm":"debian-dvm","root_hash":"","template":["debian-12",1],"pid":4711,"keeping":"keeper","started":1700000000}"#,
+    );
+    let spare = r#"{"number":7,"machine_id":[1,2,3,4,5,6,71,8,137,10,11,12,13,14,15,16],"host":"qemu","generation":3,"root_hash":"ab","inputs":"cd","ready_ms":1700000000000}"#;
+    for (name, message) in [
+        ("hello-spare", r#"{"spare":{"dvm":"debian-dvm"}}"#.to_owned()),
+        ("hello-keeper", r#"{"keeper":{"dvm":"debian-dvm","pid":4711}}"#.to_owned()),
+        ("hello-status", r#""status""#.to_owned()),
+        ("hears", r#""handed_out""#.to_owned()),
+        ("gone", r#""gone""#.to_owned()),
+        ("none", r#"{"none":{"rebuilding":true}}"#.to_owned()),
+        ("spare", format!(r#"{{"spare":{spare}}}"#)),
+        ("ready", format!(r#"{{"ready":{spare}}}"#)),
+        ("failed", r#"{"failed":{"reason":"a volume is full"}}"#.to_owned()),
+        ("status", r#"{"status":{"pid":1,"dvms":[{"dvm":"d","savefile":"fresh","spares_wanted":2,"spares_ready":1,"spares_preparing":1,"rebuilding":false,"last_failure":"x"}],"kept":["disp7"]}}"#.to_owned()),
+    ] {
+        keep("control_socket", name, message);
+    }
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_qemus() {
+    let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 9, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}
+{"return": {}, "id": "hello"}
+"#;
+    let answered = r#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESUME"}
+{"return": {"status": "running", "running": true}, "id": "asked"}
+{"event": "BLOCK_IO_ERROR", "data": {"device": "", "node-name": "root", "nospace": true, "action": "stop", "reason": "x", "operation": "write"}}
+"#;
+    let refused = r#"{"error": {"class": "GenericError", "desc": "no such thing"}, "id": "asked"}
+{"error": {"class": "GenericError", "desc": "no"}, "id": "posted"}
+{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}
+"#;
+    keep("qmp", "answered", ["\u{1}", greeting, answered].concat());
+    keep("qmp", "refused", ["\u{2}", greeting, refused].concat());
+
+    // Volumes of 600 pages: an untouched overlay as a file, and recipes for one with data, zeros and both.
+    let file = tempfile::tempfile().unwrap();
+    qemu_glue::qcow2::write_empty(&file, ByteCount(600 * 4096)).unwrap();
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let pages = 599u16.to_le_bytes();
+    keep("qcow2", "file", [&pages[..], &[0], &bytes].concat());
+    let patch = |place: u64, bytes: &[u8]| [&place.to_le_bytes()[..3], &[bytes.len() as u8], bytes].concat();
+    // Header, refcount table, L1 table, refcount block; the L2 table is put behind them, its data behind that.
+    let l1 = patch(2 * 4096, &((4 * 4096u64) | COPIED).to_be_bytes());
+    let data = patch(4 * 4096 + 8 * 5, &((5 * 4096u64) | COPIED).to_be_bytes());
+    let zero = patch(4 * 4096 + 8 * 9, &1u64.to_be_bytes());
+    let content = patch(5 * 4096, b"what the guest wrote");
+    let clusters = [6];
+    keep("qcow2", "data", [&pages[..], &clusters, &l1, &data, &content].concat());
+    keep("qcow2", "zeros", [&pages[..], &clusters, &l1, &zero].concat());
+    keep("qcow2", "both", [&pages[..], &clusters, &l1, &data, &content, &zero].concat());
+}
