@@ -119,6 +119,7 @@ fn a_mixed_image_is_found_out() {
     let clone = |file: &File| file.try_clone().unwrap();
     let mixed = |memory: &HotFiles, state: &HotFiles, deltas: &HotFiles| HotFiles {
         memory: clone(&memory.memory),
+        working_set: memory.working_set.clone(),
         device_state: clone(&state.device_state),
         deltas: deltas.deltas.iter().map(|(name, file)| (name.clone(), clone(file))).collect(),
     };
