@@ -1,5 +1,5 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test fuzz soak bench bench-short lint setup build guests man install help
+.PHONY: demo test fuzz soak simulate bench bench-short lint setup build guests man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
@@ -12,6 +12,7 @@ help:
 	@echo 'make test   all tests, and every fuzz target for two seconds or more'
 	@echo 'make fuzz   every fuzz target, FUZZ_SECONDS=$(FUZZ_SECONDS) in all'
 	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
+	@echo 'make simulate   every step of every operation failed and killed, then SEEDS=3000 random ones from FROM=1'
 	@echo 'make bench  benches; make bench-short for their short mode'
 	@echo 'make man    manual pages and shell completions, into target/share'
 	@echo 'make install  binaries, manual pages and completions, below PREFIX ($(PREFIX))'
@@ -39,6 +40,13 @@ fuzz: setup
 
 soak: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p fixtures --bin soak -- 1000
+
+FROM ?= 1
+SEEDS ?= 3000
+simulate: setup
+	@$(CARGO) build --release -q -p simulator
+	@target/release/dispvm-simulator sweep --every --from $(FROM)
+	@target/release/dispvm-simulator sweep --from $(FROM) --count $(SEEDS)
 
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full

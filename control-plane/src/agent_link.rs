@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use engine::agent::{Agent, AgentError, AgentFacts};
+use engine::build::BOOT_LIMIT;
 use engine::host::AgentPipe;
 use engine::identity::{self, Identity};
 use engine::units::ByteCount;
@@ -17,15 +18,39 @@ use qrexec::{Decoder, Exec, Failed, GuestFrame, HostFrame, Op};
 
 /// A launch's one command has this stream.
 pub const COMMAND_STREAM: u32 = 1;
-/// A prerun hook may download and unpack things.
-const PRERUN_LIMIT: Duration = Duration::from_secs(600);
-/// Settling writes back and drops caches; under emulation, with gigabytes of them, that takes seconds.
-const SETTLE_LIMIT: Duration = Duration::from_secs(120);
-/// Three orders of magnitude above the usual.
-const IDENTIFY_LIMIT: Duration = Duration::from_secs(30);
 
-/// As long as a command of no length may take in a guest that is emulated on a busy machine.
-const REHEARSAL_LIMIT: Duration = Duration::from_secs(60);
+/// How long the agent may take for each answer. What the guests of a machine take is the machine's to say
+/// ([`crate::machine::Machine::agent_limits`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// At most so long for a boot, whatever the step allows.
+    pub boot: Duration,
+    /// For a prerun hook.
+    pub prerun: Duration,
+    /// For each of settle, warm and freeze.
+    pub settle: Duration,
+    /// For an identity.
+    pub identify: Duration,
+    /// For the command of a rehearsal.
+    pub rehearsal: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            boot: BOOT_LIMIT,
+            // A hook may download and unpack things.
+            prerun: Duration::from_secs(600),
+            // Settling writes back and drops caches; under emulation, with gigabytes of them, that takes seconds.
+            settle: Duration::from_secs(120),
+            // Three orders of magnitude above the usual.
+            identify: Duration::from_secs(30),
+            // As long as a command of no length may take in a guest that is emulated on a busy machine.
+            rehearsal: Duration::from_secs(60),
+        }
+    }
+}
+
 /// What the rehearsal of a launch runs: a shell and, through its pipes, a program.
 const REHEARSAL: [&str; 3] = ["sh", "-c", "cat; date"];
 
@@ -39,6 +64,7 @@ pub struct AgentLink {
     inbox: VecDeque<GuestFrame>,
     out: Vec<u8>,
     command: Option<Exec>,
+    limits: Limits,
     hostname: Option<String>,
 }
 
@@ -51,8 +77,14 @@ impl AgentLink {
             inbox: VecDeque::new(),
             out: Vec::with_capacity(4096),
             command: None,
+            limits: Limits::default(),
             hostname: None,
         }
+    }
+
+    /// The same, with other limits than the usual.
+    pub fn limited(self, limits: Limits) -> AgentLink {
+        AgentLink { limits, ..self }
     }
 
     /// Over a fresh channel, with the command to start as soon as the clone is somebody.
@@ -186,6 +218,7 @@ impl AsFd for AgentLink {
 impl Agent for AgentLink {
     fn ready(&mut self, limit: Duration) -> Result<AgentFacts, AgentError> {
         let step = "wait for the guest to be up";
+        let limit = limit.min(self.limits.boot);
         let deadline = Instant::now() + limit;
         loop {
             match self.wait_frame(step, deadline, limit)? {
@@ -206,11 +239,11 @@ impl Agent for AgentLink {
 
     fn prerun(&mut self, program: &[u8]) -> Result<(), AgentError> {
         HostFrame::encode_prerun(&mut self.out, program);
-        self.wait_done("run the prerun hook", Op::Prerun, PRERUN_LIMIT)
+        self.wait_done("run the prerun hook", Op::Prerun, self.limits.prerun)
     }
 
     fn settle(&mut self) -> Result<ByteCount, AgentError> {
-        self.ask("settle the guest", &HostFrame::Settle, Op::Settle, SETTLE_LIMIT)?;
+        self.ask("settle the guest", &HostFrame::Settle, Op::Settle, self.limits.settle)?;
         let free = self.inbox.iter().find_map(|frame| match frame {
             GuestFrame::FreeMemory(bytes) => Some(ByteCount(*bytes)),
             _ => None,
@@ -220,11 +253,11 @@ impl Agent for AgentLink {
     }
 
     fn warm(&mut self) -> Result<(), AgentError> {
-        self.ask("run once what a launch runs", &HostFrame::Warm, Op::Warm, SETTLE_LIMIT)
+        self.ask("run once what a launch runs", &HostFrame::Warm, Op::Warm, self.limits.settle)
     }
 
     fn freeze(&mut self) -> Result<(), AgentError> {
-        self.ask("freeze the guest's programs", &HostFrame::Freeze, Op::Freeze, SETTLE_LIMIT)
+        self.ask("freeze the guest's programs", &HostFrame::Freeze, Op::Freeze, self.limits.settle)
     }
 
     fn identify(&mut self, identity: &Identity) -> Result<(), AgentError> {
@@ -234,7 +267,7 @@ impl Agent for AgentLink {
             self.queue(&HostFrame::Exec { stream: COMMAND_STREAM, exec: Box::new(exec) })?;
         }
         self.queue(&HostFrame::Thaw)?;
-        self.wait_done("give the clone its identity", Op::Identify, IDENTIFY_LIMIT)
+        self.wait_done("give the clone its identity", Op::Identify, self.limits.identify)
     }
 
     fn thaw(&mut self) -> Result<(), AgentError> {
@@ -247,10 +280,10 @@ impl Agent for AgentLink {
         self.command = Some(Exec::user(REHEARSAL));
         self.identify(identity)?;
         self.queue(&HostFrame::StdinEof { stream: COMMAND_STREAM })?;
-        let deadline = Instant::now() + REHEARSAL_LIMIT;
+        let deadline = Instant::now() + self.limits.rehearsal;
         let (mut exited, mut thawed) = (false, false);
         while !(exited && thawed) {
-            match self.wait_frame(step, deadline, REHEARSAL_LIMIT)? {
+            match self.wait_frame(step, deadline, self.limits.rehearsal)? {
                 GuestFrame::Exited { exit, .. } if exit.status() == 0 => exited = true,
                 GuestFrame::Exited { exit, .. } => {
                     let message = format!("{REHEARSAL:?} ended with status {}", exit.status());

@@ -64,7 +64,9 @@ impl Lease {
         keeping: Keeping,
     ) -> Result<Lease> {
         loop {
-            let number = names::take(state, |number| is_alive(&state.clones().join(number.to_string())))?;
+            let number = names::take(state, |number| {
+                is_alive(&state.clones().join(number.to_string())).unwrap_or(true)
+            })?;
             let path = state.clones().join(number.to_string());
             let Some(mut lock) = state::try_lock(&path)? else { continue };
             // A sweep may have removed the file between its opening and its locking.
@@ -101,15 +103,21 @@ impl Drop for Lease {
     }
 }
 
-/// The living clones.
+/// The living clones. One that cannot be asked is an error: to take it for dead would be to take away what it uses.
 pub fn list(state: &State) -> Result<Vec<CloneRecord>> {
     let folder = state.clones();
-    let entries = fs::read_dir(&folder).map_err(Error::io("list", &folder))?;
-    let mut clones: Vec<CloneRecord> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| is_alive(path))
-        .filter_map(|path| serde_json::from_slice(&fs::read(path).ok()?).ok())
-        .collect();
+    let mut clones: Vec<CloneRecord> = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+        let path = entry.map_err(Error::io("list", &folder))?.path();
+        let bytes = match is_alive(&path).and_then(|alive| alive.then(|| fs::read(&path)).transpose()) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => continue,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        // What cannot be read as a record is one that is just being written.
+        clones.extend(serde_json::from_slice::<CloneRecord>(&bytes).ok());
+    }
     clones.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(clones)
 }
@@ -133,8 +141,12 @@ pub fn sweep(state: &State) -> Result<()> {
 }
 
 /// Whether the record's keeper holds its lock. Asked with a shared lock, so that those who ask do not see each other.
-fn is_alive(path: &Path) -> bool {
-    path.exists() && matches!(lock_existing(path, FlockArg::LockSharedNonblock), Ok(None))
+fn is_alive(path: &Path) -> std::io::Result<bool> {
+    match lock_existing(path, FlockArg::LockSharedNonblock) {
+        Ok(lock) => Ok(lock.is_none()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The lock of a file that is there, if nobody has it.

@@ -171,7 +171,7 @@ fn launch(
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 
-    let connect = |pipe| AgentLink::with_command(pipe, request.exec);
+    let connect = |pipe| AgentLink::with_command(pipe, request.exec).limited(machine.agent_limits());
     let spec = &guest.spec;
     let launched = match image {
         Some((.., files)) => launch::restore(&*host, spec, files, &confinement, &identity, connect, timeline),

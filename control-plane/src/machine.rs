@@ -9,6 +9,7 @@ use nix::sys::resource::{setrlimit, Resource};
 use qemu_glue::host::QemuHost;
 use qemu_glue::probe::{self, ProbeError, Qemu};
 
+use crate::agent_link::Limits;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
@@ -28,6 +29,9 @@ pub trait Machine: Send + Sync {
 
     /// How much each of a clone's volumes may write to memory.
     fn volume_memory_max(&self) -> ByteCount;
+
+    /// How long the agents of its guests may take.
+    fn agent_limits(&self) -> Limits;
 }
 
 /// The machine we are on, as the environment describes it.
@@ -64,6 +68,10 @@ impl Machine for ThisMachine {
 
     fn volume_memory_max(&self) -> ByteCount {
         self.volume_memory_mib.map_or(VOLUME_MEMORY_MAX, |mib| ByteCount(mib << 20))
+    }
+
+    fn agent_limits(&self) -> Limits {
+        Limits::default()
     }
 }
 

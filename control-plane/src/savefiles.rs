@@ -158,7 +158,8 @@ pub fn build(
         manifest: Manifest { generation, created, ..expected },
         path: &path,
     };
-    let written = build::build(&*host, order, AgentLink::new, watch, &mut timeline).map_err(build_error)?;
+    let connect = |pipe| AgentLink::new(pipe).limited(machine.agent_limits());
+    let written = build::build(&*host, order, connect, watch, &mut timeline).map_err(build_error)?;
 
     // Admission reads the file back through the verifying reader: nothing is pinned that was not seen to be whole.
     let in_use = state::lock_shared(&state.use_lock())?;

@@ -16,7 +16,7 @@
 
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -121,10 +121,13 @@ pub fn make_folder(path: &Path) -> Result<()> {
 }
 
 /// Replaces a file as a whole: written aside, synced, renamed, the folder synced. A reader sees the old or the new.
+///
+/// What is aside has a name and a lock by which [`engine::savefile::sweep`] knows it, should its writer be killed.
 pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let aside = path.with_extension(format!("{}.tmp", std::process::id()));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
     let written = (|| {
-        let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
+        let mut file = create_aside(&aside)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&aside, path)?;
@@ -136,10 +139,21 @@ pub fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
+/// A new, locked file. One that a sweep has taken away between its making and its locking is made anew.
+fn create_aside(path: &Path) -> io::Result<Flock<File>> {
+    loop {
+        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+        let file = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| io::Error::from(error))?;
+        if file.metadata()?.nlink() > 0 {
+            return Ok(file);
+        }
+    }
+}
+
 /// Takes the exclusive lock of a file (made if need be), waiting for it.
 pub fn lock(path: &Path) -> Result<Flock<File>> {
     let file = open_lock(path).map_err(Error::io("open", path))?;
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| Error::io("lock", path)(error.into()))
+    lock_file(file, path)
 }
 
 /// Takes the shared lock of a file (made if need be), waiting for it.
@@ -156,6 +170,10 @@ pub fn try_lock(path: &Path) -> Result<Option<Flock<File>>> {
         Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
         Err((_, error)) => Err(Error::io("lock", path)(error.into())),
     }
+}
+
+fn lock_file(file: File, path: &Path) -> Result<Flock<File>> {
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| Error::io("lock", path)(error.into()))
 }
 
 /// As [`try_lock`], but not put off by somebody who only wants to know: those let go at once.
@@ -181,6 +199,22 @@ pub fn is_locked(path: &Path) -> Result<bool> {
 
 fn open_lock(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+/// Takes the exclusive lock of a file in a folder, which is made if need be and may be removed by who has the lock before us.
+pub fn lock_in(folder: &Path, name: &str) -> Result<Flock<File>> {
+    let path = folder.join(name);
+    loop {
+        make_folder(folder)?;
+        let locked = match open_lock(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            opened => lock_file(opened.map_err(Error::io("open", &path))?, &path)?,
+        };
+        let ours = locked.metadata().map_err(Error::io("look at", &path))?;
+        if fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+            return Ok(locked);
+        }
+    }
 }
 
 /// Makes a file read-only for everybody: QEMU, under a uid of its own, is handed a descriptor and opens it again.

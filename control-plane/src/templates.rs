@@ -35,9 +35,8 @@ pub struct TemplateFiles<'a> {
 /// Answers the generation; the same files as before make none.
 pub fn add_template(state: &State, name: &str, label: &str, files: &TemplateFiles<'_>) -> Result<u64> {
     qube::check_name(name)?;
-    state::make_folder(&state.qube(name))?;
+    let _lock = state::lock_in(&state.qube(name), "record.lock")?;
     let _not_running = qube::hold_running(state, name)?;
-    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
     let before = match Qube::load(state, name) {
         Ok(qube) => Some(qube.template()?.clone()),
         Err(error) if error.kind == Kind::Usage => None,
@@ -161,8 +160,7 @@ pub fn add_dvm(state: &State, name: &str, label: &str, mut dvm: Dvm) -> Result<(
             VOLUME_MIB.end()
         )));
     }
-    state::make_folder(&state.qube(name))?;
-    let _lock = state::lock(&state.qube(name).join("record.lock"))?;
+    let _lock = state::lock_in(&state.qube(name), "record.lock")?;
     match Qube::load(state, name) {
         Ok(Qube { class: Class::AppVM(before), .. }) => {
             if before.private_mib != dvm.private_mib {
@@ -206,18 +204,49 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
     let aside = state.qubes().join(format!(".{name}{REMOVED}"));
     let _ = fs::remove_dir_all(&aside);
     fs::rename(&folder, &aside).map_err(Error::io("remove", &folder))?;
-    fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))
+    remove_aside(&aside)
 }
 
-/// Removes what removals cut short have left.
+/// Removes what commands cut short have left: half removed qubes, half made ones, half written records.
 pub fn remove_leftovers(state: &State) -> Result<()> {
     let folder = state.qubes();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))?.flatten() {
-        if entry.file_name().to_string_lossy().ends_with(REMOVED) {
-            fs::remove_dir_all(entry.path()).map_err(Error::io("remove", &entry.path()))?;
+        let path = entry.path();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.ends_with(REMOVED) {
+            remove_aside(&path)?;
+        } else if qube::check_name(&name).is_ok() && path.is_dir() {
+            engine::savefile::sweep(&path).map_err(|error| {
+                Error::new(Kind::Failed, "half written records cannot be removed").because(error)
+            })?;
+            remove_half_made(state, &name)?;
         }
     }
     Ok(())
+}
+
+/// Removes the folder of a qube that never got its record, unless its maker is at it.
+fn remove_half_made(state: &State, name: &str) -> Result<()> {
+    let folder = state.qube(name);
+    if folder.join("qube.toml").exists() {
+        return Ok(());
+    }
+    let Some(_lock) = state::try_lock(&folder.join("record.lock"))? else { return Ok(()) };
+    if folder.join("qube.toml").exists() {
+        return Ok(());
+    }
+    let aside = state.qubes().join(format!(".{name}{REMOVED}"));
+    let _ = fs::remove_dir_all(&aside);
+    fs::rename(&folder, &aside).map_err(Error::io("remove", &folder))?;
+    remove_aside(&aside)
+}
+
+/// Removes a folder that nothing names any more; somebody else may be at it, or done with it.
+fn remove_aside(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// An empty private volume: the guest makes its file system, as in Qubes.
@@ -347,6 +376,28 @@ mod tests {
         }
         drop(running);
         assert_eq!(add_template(&state, "t", "black", &files).unwrap(), 2);
+    }
+
+    #[test]
+    fn what_killed_commands_left_of_qubes_is_removed_and_what_is_being_made_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(&folder.path().join("state")).unwrap();
+        add(&state, folder.path(), 1);
+        fs::write(state.qube("t").join(".qube.toml.1.tmp"), "half").unwrap();
+        for name in ["half", "busy"] {
+            state::make_folder(&state.root_generation(name, 1).with_extension("tmp")).unwrap();
+        }
+        state::make_folder(&state.qubes().join(".gone.removed")).unwrap();
+        let lock = state::lock_in(&state.qube("busy"), "record.lock").unwrap();
+        remove_leftovers(&state).unwrap();
+        assert!(!state.qube("half").exists() && state.qube("busy").exists());
+        assert!(!state.qube("t").join(".qube.toml.1.tmp").exists());
+        drop(lock);
+        remove_leftovers(&state).unwrap();
+        let left: Vec<_> =
+            fs::read_dir(state.qubes()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["t"]);
+        assert_eq!(Qube::load(&state, "t").unwrap().template().unwrap().generation, 1);
     }
 
     #[test]

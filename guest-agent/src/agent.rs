@@ -45,6 +45,8 @@ pub struct Agent {
     /// Closing it can wait until the command that was launched has ended.
     spent: Option<Kit>,
     unborn: Option<Unborn>,
+    /// Whether the last identity was not taken on: no program may run then.
+    nobody: bool,
     decoder: Decoder,
     outbox: Outbox,
     commands: Commands,
@@ -66,6 +68,7 @@ impl Agent {
             thaw_by: None,
             spent: None,
             unborn: None,
+            nobody: false,
             decoder: Decoder::new(),
             outbox: Outbox::default(),
             commands: Commands::default(),
@@ -157,6 +160,8 @@ impl Agent {
             HostFrame::Warm => self.send_on(Op::Warm, Ok(Errand::warm())),
             HostFrame::Freeze => self.answer(Op::Freeze, Self::freeze),
             HostFrame::Identify(identity) => self.answer(Op::Identify, |agent| agent.identify(&identity)),
+            HostFrame::Thaw if self.nobody => self.refuse(0, Op::Thaw),
+            HostFrame::Exec { stream, .. } if self.nobody => self.refuse(stream, Op::Exec),
             HostFrame::Thaw => self.thaw_by = Some(Instant::now() + self.thaw_pause()),
             HostFrame::Shutdown => self.shut_down(),
             HostFrame::Ping(number) => self.outbox.push(&GuestFrame::Pong(number)),
@@ -221,11 +226,20 @@ impl Agent {
 
     /// With what was made ready for it; where others have run since, the files may have changed, and are opened anew.
     fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
+        self.nobody = true;
         let untouched = self.freezer.as_ref().is_ok_and(Freezer::is_whole);
         match self.kit.as_mut().filter(|_| untouched) {
             Some(kit) => kit.apply(identity),
             None => Kit::open()?.apply(identity),
-        }
+        }?;
+        self.nobody = false;
+        Ok(())
+    }
+
+    /// The command and the thaw come along with the identity: where that has failed, they must not happen.
+    fn refuse(&mut self, stream: u32, op: Op) {
+        let why = "the guest has not become who it was to be";
+        self.fail(stream, Some(op), Failure::ours("go on", libc::EPERM, why));
     }
 
     fn settle(&mut self) -> Result<(), Failure> {

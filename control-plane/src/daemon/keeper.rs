@@ -124,8 +124,9 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
         Confinement { background: true, ..machine::confinement(state, machine, lease.number()) };
     machine::check_memory(machine, &guest.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
-    let clone = spare::prepare(&*host, &guest.spec, files, &confinement, &identity, AgentLink::new)
-        .map_err(make_error)?;
+    let connect = |pipe| AgentLink::new(pipe).limited(machine.agent_limits());
+    let clone =
+        spare::prepare(&*host, &guest.spec, files, &confinement, &identity, connect).map_err(make_error)?;
     drop(priority);
     let spare = Spare {
         number: lease.number().get(),

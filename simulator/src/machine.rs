@@ -1,0 +1,60 @@
+//! [`SimMachine`]: where simulated guests run.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use control_plane::agent_link::Limits;
+use control_plane::error::{Error, Kind, Result};
+use control_plane::machine::Machine;
+use control_plane::state::State;
+use engine::host::Host;
+use engine::units::ByteCount;
+
+use crate::context::Context;
+use crate::host::SimHost;
+use crate::plan::StepKind;
+
+/// What a volume may write to memory before it spills: so little that `fill 40` makes it.
+pub const VOLUME_MEMORY_MAX: ByteCount = ByteCount(16 << 12);
+/// How long an agent may be silent where one is to fall silent: simulated ones answer at once.
+pub const SILENCE: Duration = Duration::from_millis(200);
+/// And where none is, on a machine that may be busy with other things.
+const BUSY: Duration = Duration::from_secs(20);
+
+/// A simulated machine.
+pub struct SimMachine {
+    context: Arc<Context>,
+}
+
+impl SimMachine {
+    /// Of this simulation.
+    pub fn new(context: Arc<Context>) -> SimMachine {
+        SimMachine { context }
+    }
+}
+
+impl Machine for SimMachine {
+    fn host(&self, _state: &State, _kernel: &Path) -> Result<Box<dyn Host>> {
+        match self.context.steps.at(StepKind::Machine, "machine.host") {
+            None => Ok(Box::new(SimHost::new(self.context.clone()))),
+            Some(_) => Err(Error::new(Kind::Failed, "the simulated hypervisor is not there")),
+        }
+    }
+
+    fn memory_available(&self) -> Option<u64> {
+        match self.context.steps.at(StepKind::Machine, "machine.memory_available") {
+            None => Some(1 << 40),
+            Some(_) => Some(1 << 20),
+        }
+    }
+
+    fn volume_memory_max(&self) -> ByteCount {
+        VOLUME_MEMORY_MAX
+    }
+
+    fn agent_limits(&self) -> Limits {
+        let limit = if self.context.steps.has_silence() { SILENCE } else { BUSY };
+        Limits { boot: limit, prerun: limit, settle: limit, identify: limit, rehearsal: limit }
+    }
+}
