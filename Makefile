@@ -66,6 +66,8 @@ install: man
 	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share
 	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd) $(DESTDIR)$(PREFIX)/bin
 	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
+	@install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
+	@sed 's|/usr/local|$(PREFIX)|' control-plane/dispvmd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/dispvmd.service
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

@@ -56,6 +56,8 @@ const REHEARSAL: [&str; 3] = ["sh", "-c", "cat; date"];
 
 /// Frames that may come before an answer: a whole window of each stream in the smallest pieces a program writes is less.
 const OTHERS_MAX: usize = 4096;
+/// And so many bytes: a window of 256 KiB for either output.
+const OTHERS_BYTES_MAX: usize = 512 << 10;
 
 /// A channel to one agent.
 pub struct AgentLink {
@@ -152,6 +154,13 @@ impl AgentLink {
         Ok(self.inbox.pop_front())
     }
 
+    /// Whether the agent has said nothing that was not taken notice of, not even a part of it.
+    pub fn is_quiet(&self) -> bool {
+        let mut fds = [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN)];
+        let silent = poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready == 0);
+        silent && self.inbox.is_empty() && self.decoder.at_boundary()
+    }
+
     /// Sends `frame` and waits until the agent says it is done.
     fn ask(
         &mut self,
@@ -167,7 +176,7 @@ impl AgentLink {
     /// Waits for the answer to `op`, sending what is queued. Frames of the command that come before it are kept.
     fn wait_done(&mut self, step: &'static str, op: Op, limit: Duration) -> Result<(), AgentError> {
         let deadline = Instant::now() + limit;
-        let mut others = VecDeque::new();
+        let (mut others, mut bytes) = (VecDeque::new(), 0);
         loop {
             match self.wait_frame(step, deadline, limit)? {
                 GuestFrame::Done(done) if done == op => {
@@ -177,7 +186,14 @@ impl AgentLink {
                     return Ok(());
                 }
                 GuestFrame::Failed { stream: 0, failed } => return Err(failure(step, &failed)),
-                frame if others.len() < OTHERS_MAX => others.push_back(frame),
+                frame if others.len() < OTHERS_MAX && bytes <= OTHERS_BYTES_MAX => {
+                    if let GuestFrame::Stdout { bytes: more, .. } | GuestFrame::Stderr { bytes: more, .. } =
+                        &frame
+                    {
+                        bytes += more.len();
+                    }
+                    others.push_back(frame);
+                }
                 _ => return Err(broken(step, "it sends without end and does not answer")),
             }
         }

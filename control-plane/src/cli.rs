@@ -50,15 +50,13 @@ impl Common {
 /// `--generate man|bash|zsh|fish`, as the only arguments, has any of our commands write its own manual page or completion, which is
 /// what `make man` does; the program ends there. Otherwise nothing happens.
 pub fn generate_if_asked<P: CommandFactory>() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let [option, kind] = &arguments[..] else { return };
-    if option != "--generate" {
-        return;
-    }
+    let (Some("--generate"), Some(kind)) = (option.to_str(), kind.to_str()) else { return };
     let mut command = P::command();
     let name = command.get_name().to_owned();
     let mut out = Vec::new();
-    let made = match kind.as_str() {
+    let made = match kind {
         "man" => manual(command, &mut out),
         shell => match shell.parse::<Shell>() {
             Ok(shell) => {

@@ -51,6 +51,8 @@ pub struct Lease {
     state: State,
     number: CloneNumber,
     path: PathBuf,
+    /// Whether the name goes to rest when the clone ends.
+    rests: bool,
     _lock: Flock<File>,
 }
 
@@ -86,8 +88,13 @@ impl Lease {
             };
             let bytes = serde_json::to_vec(&record).map_err(Error::failed("write the clone's record"))?;
             lock.write_all(&bytes).map_err(Error::io("write", &path))?;
-            return Ok(Lease { state: state.clone(), number, path, _lock: lock });
+            return Ok(Lease { state: state.clone(), number, path, rests: true, _lock: lock });
         }
+    }
+
+    /// Says that the clone was nobody's: its name need not rest, or spares that nobody gets would use them up.
+    pub fn forget_name(&mut self) {
+        self.rests = false;
     }
 
     /// The clone's number.
@@ -99,7 +106,10 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
-        let _ = names::give_back(&self.state, self.number);
+        let _ = match self.rests {
+            true => names::give_back(&self.state, self.number),
+            false => names::forget(&self.state, self.number),
+        };
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine::close;
 use engine::host::{Domain, Host};
@@ -14,13 +14,14 @@ use nix::sys::signal::Signal;
 use qrexec::{Exec, Exit};
 use serde_json::{json, Value};
 
-use crate::agent_link::AgentLink;
+use crate::agent_link::{AgentLink, Limits};
 use crate::clones::{self, Keeping, Lease};
 use crate::daemon;
 use crate::daemon::client::{Found, HandedOut, Lifeline};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::Guest;
 use crate::machine::{self, Machine};
+use crate::output::error_text;
 use crate::savefiles::{self, Readiness};
 use crate::session::{self, Attended, Caller, Ending, Signals};
 use crate::state::{self, State};
@@ -29,6 +30,9 @@ use crate::state::{self, State};
 pub const EXIT_FAILED: u8 = 125;
 /// Policy or the host refused.
 pub const EXIT_REFUSED: u8 = 126;
+
+/// A spare wakes up in milliseconds. One that has not done so by now is given up.
+const WAKE_LIMIT: Duration = Duration::from_secs(5);
 
 /// What is asked for.
 pub struct Request {
@@ -109,33 +113,67 @@ struct Launched {
 pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(&str)) -> Result<Report> {
     let mut timeline = Timeline::since(request.start);
     machine::forbid_core_dump()?;
-    let found = daemon::client::spare(state, &request.dvm);
-    let spare = matches!(found, Found::Spare(_));
-    let mut launched = match found {
-        Found::Spare(spare) => take_over(spare, request.exec, &mut timeline)?,
-        Found::None { rebuilding } => launch(state, machine, request, !rebuilding, say, &mut timeline)?,
-        Found::NoDaemon => launch(state, machine, request, true, say, &mut timeline)?,
-    };
-    let ending = converse(&mut launched, &mut timeline)?;
+    let mut launched = launch(state, machine, request, say, &mut timeline)?;
+    let ending = converse(&mut launched, &mut timeline);
     let Launched { number, host, generation, link, held } = launched;
     drop(link);
-    match held {
-        Held::Here { domain, lease } => {
-            close::close(Clone { domain, agent: () }).map_err(Error::failed("end the clone"))?;
-            drop(lease);
-        }
-        Held::Kept { lifeline } => lifeline.end().map_err(Error::failed("end the clone"))?,
-    }
+    let spare = matches!(held, Held::Kept { .. });
+    // Also when the conversation broke: whoever waits for us has waited for the clone's end.
+    let ended = end(held);
+    let ending = ending?;
+    ended?;
     timeline.mark("closed");
     Ok(Report { name: number.to_string(), host, generation, spare, ending, timeline })
 }
 
+fn end(held: Held) -> Result<()> {
+    let step = "end the clone";
+    match held {
+        Held::Here { domain, lease } => {
+            close::close(Clone { domain, agent: () }).map_err(Error::failed(step))?;
+            drop(lease);
+            Ok(())
+        }
+        Held::Kept { lifeline } => lifeline.end().map_err(Error::failed(step)),
+    }
+}
+
+/// A spare, if the daemon has one; else a clone of our own making.
+fn launch(
+    state: &State,
+    machine: &dyn Machine,
+    request: Request,
+    say: &dyn Fn(&str),
+    timeline: &mut Timeline,
+) -> Result<Launched> {
+    match daemon::client::spare(state, &request.dvm, machine.settings(), request.rebuild) {
+        Found::Spare(found) => {
+            let before = timeline.clone();
+            take_over(found, request.exec.clone(), machine, timeline).or_else(|error| {
+                // It was given the command along with its identity, and has not taken that on: the command has not run.
+                say(&format!("a spare did not wake up, making a clone instead: {}", error_text(&error)));
+                *timeline = before;
+                make(state, machine, request, true, say, timeline)
+            })
+        }
+        Found::None { rebuilding } => make(state, machine, request, !rebuilding, say, timeline),
+        Found::NoDaemon => make(state, machine, request, true, say, timeline),
+    }
+}
+
 /// Makes a spare ours: it is given the time, fresh entropy and the command, and goes on.
-fn take_over(found: HandedOut, exec: Exec, timeline: &mut Timeline) -> Result<Launched> {
+fn take_over(
+    found: HandedOut,
+    exec: Exec,
+    machine: &dyn Machine,
+    timeline: &mut Timeline,
+) -> Result<Launched> {
     let HandedOut { spare, number, agent, lifeline } = found;
     timeline.mark("prepared");
     let identity = Identity::again(number, spare.machine_id).map_err(Error::failed("draw entropy"))?;
-    let mut link = AgentLink::with_command(Box::new(agent), exec);
+    let usual = machine.agent_limits();
+    let limits = Limits { identify: usual.identify.min(WAKE_LIMIT), ..usual };
+    let mut link = AgentLink::with_command(Box::new(agent), exec).limited(limits);
     launch::become_somebody(&mut link, &identity, timeline)
         .map_err(|error| launch_error(LaunchError::Agent(error)))?;
     let held = Held::Kept { lifeline };
@@ -143,7 +181,7 @@ fn take_over(found: HandedOut, exec: Exec, timeline: &mut Timeline) -> Result<La
 }
 
 /// Makes a clone: restores it, or boots it cold.
-fn launch(
+fn make(
     state: &State,
     machine: &dyn Machine,
     request: Request,

@@ -30,6 +30,9 @@ pub trait Machine: Send + Sync {
     /// How much each of a clone's volumes may write to memory.
     fn volume_memory_max(&self) -> ByteCount;
 
+    /// What of its settings a clone depends on, as a text that is compared: a spare made under others does not serve.
+    fn settings(&self) -> String;
+
     /// How long the agents of its guests may take.
     fn agent_limits(&self) -> Limits;
 }
@@ -68,6 +71,10 @@ impl Machine for ThisMachine {
 
     fn volume_memory_max(&self) -> ByteCount {
         self.volume_memory_mib.map_or(VOLUME_MEMORY_MAX, |mib| ByteCount(mib << 20))
+    }
+
+    fn settings(&self) -> String {
+        format!("{:?}", (&self.qemu, self.volume_memory_max()))
     }
 
     fn agent_limits(&self) -> Limits {

@@ -56,6 +56,13 @@ pub fn give_back(state: &State, number: CloneNumber) -> Result<()> {
     stamp(&ledger, number, now_s()).map_err(Error::io("write", &path))
 }
 
+/// Takes a name back that nobody was ever told: it may be given out at once.
+pub fn forget(state: &State, number: CloneNumber) -> Result<()> {
+    let path = state.names();
+    let ledger = state::lock(&path)?;
+    stamp(&ledger, number, 0).map_err(Error::io("write", &path))
+}
+
 fn stamp(ledger: &File, number: CloneNumber, now: u64) -> io::Result<()> {
     ledger.write_all_at(&now.to_le_bytes(), u64::from(number.get()) * ENTRY)
 }

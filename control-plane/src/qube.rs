@@ -136,8 +136,8 @@ impl Qube {
         state::replace_file(&record_path(state, &self.name), self.to_text()?.as_bytes())
     }
 
-    /// All qubes, by name. One that is being removed meanwhile is left out; a record that cannot be read is an error.
-    pub fn all(state: &State) -> Result<Vec<Qube>> {
+    /// The names of all qubes, sorted; whether their records can be read is not asked.
+    pub fn names(state: &State) -> Result<Vec<String>> {
         let folder = state.qubes();
         let mut names: Vec<String> = fs::read_dir(&folder)
             .map_err(Error::io("list", &folder))?
@@ -145,6 +145,12 @@ impl Qube {
             .filter(|name| check_name(name).is_ok())
             .collect();
         names.sort();
+        Ok(names)
+    }
+
+    /// All qubes, by name. One that is being removed meanwhile is left out; a record that cannot be read is an error.
+    pub fn all(state: &State) -> Result<Vec<Qube>> {
+        let names = Qube::names(state)?;
         let records = names.iter().map(|name| (name, Qube::load(state, name)));
         records.filter(|(name, _)| record_path(state, name).is_file()).map(|(_, record)| record).collect()
     }

@@ -251,8 +251,11 @@ pub fn serving(
     }
     let root = parse_root(pin)?;
     // Also where its hot image is admitted already: a file that was replaced shall not go unnoticed until the next boot.
-    if let Err(error) = savefile::check_root(&path, &root) {
-        return Ok(Err(unusable_text(name, error)));
+    match savefile::check_root(&path, &root) {
+        Ok(()) => {}
+        // That it cannot be read just now says nothing about it.
+        Err(error @ savefile::Error::Io { .. }) if !error.is_missing() => return Err(unusable(name, error)),
+        Err(error) => return Ok(Err(unusable_text(name, error))),
     }
     let (root_hash, inputs) = (pin.root_hash.clone(), pin.inputs.clone());
     Ok(Ok(Serving { generation: pin.generation, root, root_hash, inputs }))
@@ -326,6 +329,13 @@ pub fn start_rebuild(state: &State, dvm: &str) -> io::Result<Child> {
     fs::create_dir_all(state.savefiles(dvm))?;
     let log = fs::File::create(rebuild_log(state, dvm))?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()
+}
+
+/// Starts `dispvm-savefile gc`, which says nothing.
+pub fn start_collection(state: &State) -> io::Result<Child> {
+    let mut command = Command::new(std::env::current_exe()?.with_file_name("dispvm-savefile"));
+    command.arg("--root").arg(state.root()).arg("gc");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()
 }
 
 /// What the last rebuild had to say.

@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use crate::clones;
+use crate::daemon;
 use crate::error::{Error, Kind, Result};
 use crate::inputs;
 use crate::qube::{self, Class, Dvm, Qube, Template};
@@ -194,10 +195,12 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
             .hint(format!("`dispvm-qube rm {}` first", users[0])));
     }
     let _not_running = qube::hold_running(state, name)?;
+    daemon::client::let_go(state, name);
     let running: Vec<String> =
         clones::list(state)?.into_iter().filter(|clone| clone.dvm == name).map(|clone| clone.name).collect();
     if !running.is_empty() {
-        return Err(Error::new(Kind::Refused, format!("{} made from {name} still run", running.join(", "))));
+        return Err(Error::new(Kind::Refused, format!("{} made from {name} still run", running.join(", ")))
+            .hint("a disposable ends with the command that started it"));
     }
     // Renamed first, so that a removal cut short leaves no half qube under its name.
     let folder = state.qube(&qube.name);

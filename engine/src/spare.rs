@@ -33,5 +33,7 @@ pub fn prepare<A: Agent>(
         agent.freeze()?;
     }
     domain.pause()?;
+    // What happened until then is dealt with now: nobody looks before the spare is handed out.
+    domain.serve()?;
     Ok(Clone { domain, agent })
 }

@@ -273,7 +273,10 @@ impl QemuDomain {
         tracing::info!("the {volume} volume has outgrown memory: spilling to an encrypted file");
         spill::stack_encrypted(&mut self.qmp, &volume, size, &self.confinement)
             .map_err(|error| self.explain(step, error))?;
-        self.execute(step, "cont", json!({})).map(drop)
+        match self.paused {
+            true => Ok(()),
+            false => self.execute(step, "cont", json!({})).map(drop),
+        }
     }
 }
 

@@ -53,6 +53,10 @@ impl Machine for SimMachine {
         VOLUME_MEMORY_MAX
     }
 
+    fn settings(&self) -> String {
+        "simulated".to_owned()
+    }
+
     fn agent_limits(&self) -> Limits {
         let limit = if self.context.steps.has_silence() { SILENCE } else { BUSY };
         Limits { boot: limit, prerun: limit, settle: limit, identify: limit, rehearsal: limit }

@@ -75,7 +75,9 @@ fn run(options: Options) -> Result<()> {
         Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
         Some(Command::Keeper { dvm }) => keeper::run(&state, &machine()?, &dvm),
         Some(Command::Status { json }) => {
-            let status = client::status(&state).ok_or_else(|| {
+            let answered = client::status(&state)
+                .map_err(|error| Error::new(Kind::Failed, "dispvmd does not answer").because(error))?;
+            let status = answered.ok_or_else(|| {
                 Error::new(Kind::Failed, format!("no dispvmd runs on {}", state.root().display()))
                     .hint("`dispvmd` starts one")
             })?;

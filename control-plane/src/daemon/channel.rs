@@ -23,6 +23,8 @@ use super::protocol::{encode, parse, MESSAGE_BYTES_MAX};
 
 /// No message has more: an agent's channel and a lifeline.
 pub const FDS_MAX: usize = 2;
+/// A peer that has not read for so long will not.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
 /// Connections that wait to be accepted; more callers than this wait in connect(2).
 const BACKLOG: i32 = 128;
 
@@ -71,11 +73,20 @@ impl Channel {
         Ok((Channel(a), Channel(b)))
     }
 
-    /// Begins a conversation, blocking.
+    /// Begins a conversation, blocking from then on. One with whom too many wait already is an error (`WouldBlock`), and so is, later, one
+    /// who does not read for [`SEND_LIMIT`].
     pub fn connect(path: &Path) -> io::Result<Channel> {
-        let socket = new_socket(SocketFlags::CLOEXEC)?;
+        let socket = new_socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
         with_short_path(path, |address| net::connect(&socket, address))?;
+        rustix::fs::fcntl_setfl(&socket, OFlags::RDWR)?;
+        net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(SEND_LIMIT))?;
         Ok(Channel(socket))
+    }
+
+    /// Whether the other end has gone.
+    pub fn is_hung_up(&self) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::empty())];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// Sends a message. A peer that is gone is an error; one that does not read, on a socket that does not block, too.

@@ -15,8 +15,12 @@ use crate::state::State;
 
 /// A daemon answers within a millisecond. One that is stopped, or whose machine is out of breath, is not waited for.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
-/// Ending a clone is killing a process, which takes some milliseconds.
-const END_LIMIT: Duration = Duration::from_secs(10);
+/// Who asks for the status can wait.
+const STATUS_LIMIT: Duration = Duration::from_secs(10);
+/// Ending a clone is killing a process, which takes some milliseconds; but its keeper may be at a spill, whose steps have 20 s each.
+const END_LIMIT: Duration = Duration::from_secs(30);
+/// Until its spares are gone.
+const LET_GO_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the daemon has for a launcher.
 pub enum Found {
@@ -43,9 +47,9 @@ pub struct HandedOut {
     pub lifeline: Lifeline,
 }
 
-/// Asks for a clone of `dvm`.
-pub fn spare(state: &State, dvm: &str) -> Found {
-    match ask(state, &Hello::Spare { dvm: dvm.to_owned() }) {
+/// Asks for a clone of `dvm`, made under `settings`; without one, for the rebuild of its savefile, if that does not serve.
+pub fn spare(state: &State, dvm: &str, settings: String, rebuild: bool) -> Found {
+    match ask(state, &Hello::Spare { dvm: dvm.to_owned(), settings, rebuild }, ANSWER_LIMIT) {
         Ok((Answer::Spare(spare), fds)) => {
             let number = CloneNumber::new(spare.number);
             match (number, <[_; 2]>::try_from(fds)) {
@@ -61,7 +65,7 @@ pub fn spare(state: &State, dvm: &str) -> Found {
         Ok((Answer::None { rebuilding }, _)) => Found::None { rebuilding },
         Ok(_) => Found::NoDaemon,
         Err(error) => {
-            if error.kind() != io::ErrorKind::NotFound {
+            if !is_nobody(&error) {
                 tracing::debug!("dispvmd: {error}");
             }
             Found::NoDaemon
@@ -69,23 +73,35 @@ pub fn spare(state: &State, dvm: &str) -> Found {
     }
 }
 
-/// How all stands; `None` without a daemon.
-pub fn status(state: &State) -> Option<Status> {
-    match ask(state, &Hello::Status) {
-        Ok((Answer::Status(status), _)) => Some(status),
-        _ => None,
+/// How all stands; `None` without a daemon. Errors: there is one, and it does not answer.
+pub fn status(state: &State) -> io::Result<Option<Status>> {
+    match ask(state, &Hello::Status, STATUS_LIMIT) {
+        Ok((Answer::Status(status), _)) => Ok(Some(status)),
+        Ok(_) => Err(io::ErrorKind::InvalidData.into()),
+        Err(error) if is_nobody(&error) => Ok(None),
+        Err(error) => Err(error),
     }
+}
+
+/// Has the daemon, if there is one, end its spares of `dvm`, and make no more for a while.
+pub fn let_go(state: &State, dvm: &str) {
+    let _ = ask(state, &Hello::LetGo { dvm: dvm.to_owned() }, LET_GO_LIMIT);
 }
 
 /// Tells the daemon, if there is one, that a record has changed.
 pub fn changed(state: &State) {
-    let _ = ask(state, &Hello::Changed);
+    let _ = ask(state, &Hello::Changed, ANSWER_LIMIT);
 }
 
-fn ask(state: &State, hello: &Hello) -> io::Result<(Answer, Vec<std::os::fd::OwnedFd>)> {
+/// Whether an error only says that no daemon is there.
+fn is_nobody(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
+fn ask(state: &State, hello: &Hello, limit: Duration) -> io::Result<(Answer, Vec<std::os::fd::OwnedFd>)> {
     let daemon = Channel::connect(&state.daemon_socket())?;
     daemon.send(hello, &[])?;
-    daemon.receive_within(ANSWER_LIMIT)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    daemon.receive_within(limit)?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
 }
 
 /// What holds a clone that was handed out: when it ends, so does the clone.
@@ -96,9 +112,15 @@ impl Lifeline {
     pub fn end(self) -> io::Result<()> {
         self.0.shut_down_sending()?;
         loop {
-            match self.0.receive_within::<LifelineSays>(END_LIMIT)? {
-                Some((LifelineSays::Gone, _)) | None => return Ok(()),
-                Some((LifelineSays::Failed { .. }, _)) => {}
+            match self.0.receive_within::<LifelineSays>(END_LIMIT) {
+                Ok(Some((LifelineSays::Gone, _)) | None) => return Ok(()),
+                Ok(Some((LifelineSays::Failed { .. }, _))) => {}
+                // It ends it all the same, only later; what the command has come to is not lost for that.
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+                    tracing::warn!("the clone's keeper has not ended it within {} s", END_LIMIT.as_secs());
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
             }
         }
     }

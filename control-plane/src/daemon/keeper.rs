@@ -20,7 +20,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::channel::Channel;
-use super::protocol::{Hello, KeeperHears, KeeperSays, LifelineSays, Spare};
+use super::protocol::{Hello, KeeperHears, KeeperSays, LifelineSays, Spare, PROTOCOL};
 use crate::agent_link::AgentLink;
 use crate::clones::{Keeping, Lease};
 use crate::error::{Error, Kind, Result};
@@ -32,8 +32,9 @@ use crate::state::{self, State};
 
 /// How long a spare waits for a daemon after its own has gone: longer than a daemon takes to be started again.
 pub const ADOPTION_LIMIT: Duration = Duration::from_secs(30);
-/// A spare is made with what foreground work leaves over.
-const MAKING_NICE: i32 = 10;
+/// A connection that breaks within this time breaks again: the daemon does not understand us, or has no descriptors left. It is not
+/// sought anew until it calls.
+const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 
 /// A clone and who may want it.
 struct Keeper<'a> {
@@ -44,6 +45,7 @@ struct Keeper<'a> {
     /// Our end; the other goes out with the clone.
     lifeline: Option<Channel>,
     daemon: Option<Channel>,
+    connected: Instant,
     alone_since: Option<Instant>,
     running: bool,
 }
@@ -61,9 +63,8 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
     let mut signals = block_signals().map_err(Error::failed("block signals"))?;
     let path = state.daemon_socket();
     let daemon = Channel::connect(&path).map_err(Error::io("reach dispvmd at", &path))?;
-    let hello = Hello::Keeper { dvm: dvm.to_owned(), pid: std::process::id() };
-    daemon.send(&hello, &[]).map_err(Error::failed("greet dispvmd"))?;
-    let (clone, spare, lease) = match make(state, machine, dvm) {
+    daemon.send(&greeting(dvm), &[]).map_err(Error::failed("greet dispvmd"))?;
+    let (clone, spare, mut lease) = match make(state, machine, dvm) {
         Ok(made) => made,
         Err(error) => {
             let _ = daemon.send(&KeeperSays::Failed { reason: error_text(&error) }, &[]);
@@ -78,6 +79,7 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
         clone: Clone { domain, agent: Some(agent) },
         lifeline: None,
         daemon: Some(daemon),
+        connected: Instant::now(),
         alone_since: None,
         running: false,
     };
@@ -85,7 +87,10 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
         keeper.lose_daemon();
     }
     let outcome = keeper.keep(&mut signals);
-    let Keeper { clone, lifeline, .. } = keeper;
+    let Keeper { clone, lifeline, running, .. } = keeper;
+    if !running {
+        lease.forget_name();
+    }
     let closed = close::close(clone).map_err(Error::failed("end the clone"));
     drop(lease);
     if let Some(lifeline) = lifeline {
@@ -94,9 +99,8 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
     outcome.and(closed.map(drop))
 }
 
-/// Makes the hot image of `dvm`, if it is not there, with what foreground work leaves over.
+/// Makes the hot image of `dvm`, if it is not there. At the usual priority: a launch that comes meanwhile waits for it.
 pub fn admit(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
-    let _priority = Priority::lower();
     let _in_use = state::lock_shared(&state.use_lock())?;
     let guest = Guest::load(state, dvm)?;
     let host = machine.host(state, &guest.spec.kernel)?;
@@ -112,7 +116,6 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
     let guest = Guest::load(state, dvm)?;
     let host = machine.host(state, &guest.spec.kernel)?;
     let inputs = inputs::hash(&guest.manifest(host.facts()))?;
-    let priority = Priority::lower();
     let (generation, root_hash, files) = match savefiles::ready(state, &guest, &*host)? {
         Readiness::Ready { generation, root_hash, files } => (generation, root_hash, files),
         Readiness::Not { reason } => return Err(Error::new(Kind::Unusable, reason)),
@@ -127,7 +130,10 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
     let connect = |pipe| AgentLink::new(pipe).limited(machine.agent_limits());
     let clone =
         spare::prepare(&*host, &guest.spec, files, &confinement, &identity, connect).map_err(make_error)?;
-    drop(priority);
+    if !clone.agent.is_quiet() {
+        // Whoever gets the spare would take it for the answer to what was asked.
+        return Err(Error::new(Kind::Failed, "cannot make a spare: its agent goes on talking unasked"));
+    }
     let spare = Spare {
         number: lease.number().get(),
         machine_id: identity.machine_id,
@@ -138,6 +144,10 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
         ready_ms: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
     };
     Ok((clone, spare, lease))
+}
+
+fn greeting(dvm: &str) -> Hello {
+    Hello::Keeper { protocol: PROTOCOL, dvm: dvm.to_owned(), pid: std::process::id() }
 }
 
 fn make_error(error: LaunchError) -> Error {
@@ -244,14 +254,16 @@ impl Keeper<'_> {
         self.daemon = None;
         self.alone_since = Some(Instant::now());
         // It may have been replaced already.
-        self.look_for_daemon();
+        if self.connected.elapsed() >= RECONNECT_AFTER {
+            self.look_for_daemon();
+        }
     }
 
     fn look_for_daemon(&mut self) {
         let Ok(daemon) = Channel::connect(&self.state.daemon_socket()) else { return };
-        let hello = Hello::Keeper { dvm: self.dvm.clone(), pid: std::process::id() };
-        if daemon.send(&hello, &[]).is_ok() {
+        if daemon.send(&greeting(&self.dvm), &[]).is_ok() {
             self.daemon = Some(daemon);
+            self.connected = Instant::now();
             self.alone_since = None;
             if self.report().is_err() {
                 self.daemon = None;
@@ -292,26 +304,4 @@ fn block_signals() -> io::Result<SignalFd> {
     }
     set.thread_block()?;
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
-}
-
-/// Our own priority, lowered until it is dropped. Who is not root could not raise it again, and does not lower it.
-struct Priority(Option<i32>);
-
-impl Priority {
-    fn lower() -> Priority {
-        if !nix::unistd::geteuid().is_root() {
-            return Priority(None);
-        }
-        let before = rustix::process::getpriority_process(None).ok();
-        let lowered = before.filter(|_| rustix::process::setpriority_process(None, MAKING_NICE).is_ok());
-        Priority(lowered)
-    }
-}
-
-impl Drop for Priority {
-    fn drop(&mut self) {
-        if let Some(before) = self.0 {
-            let _ = rustix::process::setpriority_process(None, before);
-        }
-    }
 }

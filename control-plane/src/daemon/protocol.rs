@@ -6,6 +6,8 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+/// The version of what keepers and daemon say to each other. One of another version is not adopted: its clone runs on, its spare ends.
+pub const PROTOCOL: u32 = 1;
 /// The longest message. The longest there is, a status of many qubes, takes some 200 bytes for each.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
@@ -17,6 +19,16 @@ pub enum Hello {
     Spare {
         /// The DVM template.
         dvm: String,
+        /// The settings of the launcher's machine ([`crate::machine::Machine::settings`]): a spare made under others is not
+        /// what it asks for.
+        settings: String,
+        /// Whether a savefile that does not serve is to be rebuilt.
+        rebuild: bool,
+    },
+    /// A DVM template is to be removed: let go of its spares.
+    LetGo {
+        /// The DVM template.
+        dvm: String,
     },
     /// Somebody wants to know how all stands.
     Status,
@@ -24,6 +36,8 @@ pub enum Hello {
     Changed,
     /// A keeper is there.
     Keeper {
+        /// [`PROTOCOL`]: a keeper may be older than its daemon.
+        protocol: u32,
         /// The DVM template of its clone.
         dvm: String,
         /// Its own process.
@@ -173,7 +187,7 @@ mod tests {
 
     #[test]
     fn a_message_comes_back_as_it_was_and_others_are_refused() {
-        let hello = Hello::Keeper { dvm: "d".into(), pid: 7 };
+        let hello = Hello::Keeper { protocol: PROTOCOL, dvm: "d".into(), pid: 7 };
         assert_eq!(parse::<Hello>(&encode(&hello).unwrap()), Ok(hello));
         for wrong in [&b"{}"[..], b"\"spare\"", b"{\"spare\":{\"dvm\":\"d\",\"more\":1}}", b"\xff", b""] {
             assert!(matches!(parse::<Hello>(wrong), Err(MessageError::Malformed(_))), "{wrong:?}");

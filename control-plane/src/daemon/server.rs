@@ -18,7 +18,7 @@ use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 
 use super::channel::{Channel, Listener};
 use super::policy::Memory;
-use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, Spare};
+use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, Spare, PROTOCOL};
 use crate::clones::{self, Keeping};
 use crate::error::{Error, Kind, Result};
 use crate::machine::Machine;
@@ -27,8 +27,10 @@ use crate::state::{self, State};
 
 /// A connection without a word is no launcher.
 const HELLO_LIMIT: Duration = Duration::from_secs(2);
-/// More callers at once than this are let go unheard: they launch without us.
+/// More callers at once than this wait until others were heard.
 const CALLERS_MAX: usize = 256;
+/// After a caller that could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// How often the records are looked at, for those who change them without telling us.
 const SURVEY_EVERY: Duration = Duration::from_secs(2);
 
@@ -62,10 +64,11 @@ pub fn run(state: &State, machine: &dyn Machine, options: Options) -> Result<()>
         children: HashMap::new(),
         dvms: BTreeMap::new(),
         surveyed: None,
+        outdated: false,
     };
     tracing::info!("listening on {}", path.display());
     let served = daemon.serve(&listener, &signals);
-    daemon.dismiss_spares();
+    daemon.end_spares(None);
     let _ = std::fs::remove_file(&path);
     served
 }
@@ -79,6 +82,8 @@ pub(super) struct Daemon<'a> {
     pub(super) children: HashMap<i32, Child>,
     pub(super) dvms: BTreeMap<String, Dvm>,
     pub(super) surveyed: Option<Instant>,
+    /// Whether a spare was ended whose savefile is not the one that serves.
+    pub(super) outdated: bool,
 }
 
 /// A keeper's connection.
@@ -99,6 +104,7 @@ pub(super) enum Phase {
 pub(super) struct Child {
     pub(super) dvm: String,
     pub(super) what: Work,
+    pub(super) since: Instant,
     /// Whether the keeper has had a spare.
     pub(super) ready: bool,
 }
@@ -107,6 +113,8 @@ pub(super) struct Child {
 pub(super) enum Work {
     Keeper,
     Rebuild,
+    /// Removing what nothing needs any more.
+    Collect,
     /// Making the hot image of a template that has no spares, so that no launch has to.
     Admit,
 }
@@ -120,6 +128,8 @@ pub(super) struct Dvm {
     pub(super) memory: Option<Memory>,
     pub(super) last_launch: Option<Instant>,
     pub(super) too_few_since: Option<Instant>,
+    /// Until when no spare is wanted: the template is being removed.
+    pub(super) let_go_until: Option<Instant>,
     pub(super) failures: Option<(u32, Instant)>,
     pub(super) last_failure: Option<String>,
     /// The savefile whose admission we have started, once.
@@ -155,10 +165,10 @@ impl Daemon<'_> {
     }
 
     fn wait(&self, listener: &Listener, signals: &SignalFd, again: Option<Instant>) -> Result<Ready> {
-        let mut fds = vec![
-            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-        ];
+        // Callers we have no room for stay in the listener's queue.
+        let listens = if self.callers.len() < CALLERS_MAX { PollFlags::POLLIN } else { PollFlags::empty() };
+        let mut fds =
+            vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(listener.as_fd(), listens)];
         fds.extend(self.keepers.iter().map(|keeper| PollFd::new(keeper.channel.as_fd(), PollFlags::POLLIN)));
         fds.extend(self.callers.iter().map(|(caller, _)| PollFd::new(caller.as_fd(), PollFlags::POLLIN)));
         let survey = self.surveyed.map_or_else(Instant::now, |at| at + SURVEY_EVERY);
@@ -188,6 +198,7 @@ impl Daemon<'_> {
                 // Out of descriptors: those who wait are heard when others have gone.
                 Err(error) => {
                     tracing::warn!("cannot accept a caller: {error}");
+                    std::thread::sleep(ACCEPT_PAUSE);
                     break;
                 }
             }
@@ -202,13 +213,21 @@ impl Daemon<'_> {
             Err(error) => return tracing::warn!("a caller that makes no sense: {error}"),
         };
         let answered = match hello {
-            Hello::Spare { dvm } => self.hand_out(&caller, &dvm),
+            Hello::Spare { dvm, settings, rebuild } => {
+                let theirs = settings == self.machine.settings();
+                self.hand_out(&caller, &dvm, theirs, rebuild)
+            }
+            Hello::LetGo { dvm } => {
+                self.let_go(&dvm);
+                caller.send(&Answer::Noted, &[])
+            }
             Hello::Status => caller.send(&Answer::Status(self.status()), &[]),
             Hello::Changed => {
                 self.surveyed = None;
                 caller.send(&Answer::Noted, &[])
             }
-            Hello::Keeper { dvm, pid } => {
+            Hello::Keeper { protocol, .. } if protocol != PROTOCOL => Ok(()),
+            Hello::Keeper { dvm, pid, .. } => {
                 self.keepers.push(Keeper { channel: caller, dvm, pid, phase: Phase::Making });
                 Ok(())
             }
@@ -218,8 +237,14 @@ impl Daemon<'_> {
         }
     }
 
-    /// Gives the caller a spare, if there is one that is right at this moment.
-    fn hand_out(&mut self, caller: &Channel, name: &str) -> io::Result<()> {
+    /// Gives the caller a spare, if there is one that is right at this moment. (Also when memory is short: the spare has its own.)
+    fn hand_out(
+        &mut self,
+        caller: &Channel,
+        name: &str,
+        same_settings: bool,
+        rebuild: bool,
+    ) -> io::Result<()> {
         self.survey(name);
         if self.dvms.contains_key(name) {
             self.end_unfit(name);
@@ -228,12 +253,17 @@ impl Daemon<'_> {
             return caller.send(&Answer::None { rebuilding: false }, &[]);
         };
         dvm.last_launch = Some(Instant::now());
-        let serves = matches!(dvm.serving, Some(Ok(_)));
-        if dvm.memory == Some(Memory::Short) || !serves {
-            let rebuilding = !serves && self.rebuild(name, true);
+        if !same_settings {
+            return caller.send(&Answer::None { rebuilding: false }, &[]);
+        }
+        if !matches!(dvm.serving, Some(Ok(_))) {
+            let rebuilding = rebuild && self.rebuild(name, true);
             return caller.send(&Answer::None { rebuilding }, &[]);
         }
         while let Some(at) = self.oldest_spare(name) {
+            if caller.is_hung_up() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
             // Told first: whatever becomes of us or the caller now, this is no spare any more.
             if self.keepers[at].channel.send(&KeeperHears::HandedOut, &[]).is_err() {
                 self.keepers.remove(at);
@@ -321,9 +351,11 @@ impl Daemon<'_> {
             let failed = !matches!(status, WaitStatus::Exited(_, 0));
             match child.what {
                 // One that has greeted is missed when its connection ends.
-                Work::Keeper if failed && !heard_of => {
+                Work::Keeper if failed && !heard_of && !child.ready => {
                     self.note_failure(&child.dvm, "its keeper did not get to say why".to_owned());
                 }
+                // The last user of a hot image that no record names any more may have gone.
+                Work::Keeper if self.outdated => self.collect(),
                 Work::Rebuild if failed => tracing::warn!("the rebuild of {} failed", child.dvm),
                 Work::Admit if failed => tracing::warn!("the hot image of {} could not be made", child.dvm),
                 _ => {}

@@ -7,6 +7,7 @@ use super::protocol::{DvmStatus, Status};
 use super::server::{Daemon, Phase, Work};
 use crate::inputs::Guest;
 use crate::machine::{self, Machine};
+use crate::output::error_text;
 use crate::qube::Qube;
 use crate::savefiles;
 use crate::state::State;
@@ -15,17 +16,19 @@ impl Daemon<'_> {
     /// Looks at every DVM template's records.
     pub(super) fn survey_all(&mut self) {
         self.surveyed = Some(Instant::now());
-        let qubes = match Qube::all(self.state) {
-            Ok(qubes) => qubes,
+        let names = match Qube::names(self.state) {
+            Ok(names) => names,
             Err(error) => return tracing::warn!("cannot read the qubes: {error}"),
         };
-        let names: Vec<String> =
-            qubes.into_iter().filter(|qube| qube.dvm().is_ok()).map(|qube| qube.name).collect();
         self.dvms.retain(|name, _| names.contains(name));
-        for name in &names {
+        // A record that cannot be read is its own qube's trouble.
+        let is_dvm = |name: &&String| Qube::load(self.state, name).is_ok_and(|qube| qube.dvm().is_ok());
+        let dvms: Vec<String> = names.iter().filter(is_dvm).cloned().collect();
+        for name in &dvms {
             self.survey(name);
+            let serves_not = self.dvms.get(name).is_some_and(|dvm| matches!(dvm.serving, Some(Err(_))));
             // A savefile that was removed is not missed before somebody launches.
-            if matches!(self.dvms[name].serving, Some(Err(_))) && self.has_savefile(name) {
+            if serves_not && self.has_savefile(name) {
                 self.rebuild(name, false);
             }
         }
@@ -38,12 +41,16 @@ impl Daemon<'_> {
             Err(_) => return drop(self.dvms.remove(name)),
         };
         let dvm = self.dvms.entry(name.to_owned()).or_default();
-        dvm.wanted = guest.dvm.spares.unwrap_or(self.options.spares);
+        let let_go = dvm.let_go_until.is_some_and(|until| Instant::now() < until);
+        dvm.wanted = if let_go { 0 } else { guest.dvm.spares.unwrap_or(self.options.spares) };
         let host = self.machine.host(self.state, &guest.spec.kernel);
-        dvm.serving = Some(match host.and_then(|host| savefiles::serving(self.state, &guest, &*host)) {
-            Ok(serving) => serving,
-            Err(error) => Err(crate::output::error_text(&error)),
-        });
+        dvm.serving = match host.and_then(|host| savefiles::serving(self.state, &guest, &*host)) {
+            Ok(serving) => Some(serving),
+            Err(error) => {
+                tracing::warn!("cannot tell how {name} stands: {}", error_text(&error));
+                None
+            }
+        };
         dvm.memory = Some(memory(self.state, self.machine, &guest));
     }
 
@@ -88,7 +95,9 @@ impl Daemon<'_> {
     pub(super) fn making(&self, name: Option<&str>) -> u32 {
         let wanted = |dvm: &str| name.is_none_or(|name| name == dvm);
         let ours = self.children.values();
-        let ours = ours.filter(|child| child.what != Work::Rebuild && !child.ready && wanted(&child.dvm));
+        let ours = ours.filter(|child| {
+            matches!(child.what, Work::Keeper | Work::Admit) && !child.ready && wanted(&child.dvm)
+        });
         // An earlier daemon's keeper may still be at it.
         let others = self.keepers.iter().filter(|keeper| {
             let adopted = !self.children.contains_key(&(keeper.pid as i32));

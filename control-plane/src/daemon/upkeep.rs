@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use engine::image::hot::HotImage;
 use nix::sys::signal::{kill, Signal};
-use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use super::policy::{self, Memory};
+use super::policy::{self, Memory, Situation};
 use super::protocol::{KeeperHears, KeeperSays};
 use super::server::{Child, Daemon, Phase, Work};
 use crate::clones;
@@ -20,22 +19,23 @@ use crate::state::State;
 
 /// A keeper that is told to end its spare does so within some milliseconds.
 const END_LIMIT: Duration = Duration::from_secs(5);
+/// After a template was let go of, in which time it is removed.
+const LET_GO: Duration = Duration::from_secs(10);
+/// How long making a spare may take: with sixteen launches at a time on two cores, in the background, it takes half a minute.
+const MAKING_LIMIT: Duration = Duration::from_secs(150);
 /// A rebuild that failed is tried again after this time, or when the inputs have changed.
 const REBUILD_AGAIN: Duration = Duration::from_secs(600);
 
 impl Daemon<'_> {
     /// Does what the policy says. Answers when to look again.
     pub(super) fn act(&mut self) -> Option<Instant> {
+        self.kill_lost_makers();
         let names: Vec<String> = self.dvms.keys().cloned().collect();
         let mut again = None;
         for name in &names {
             let (places, situation) = self.situation(name);
             let decision = policy::decide(&situation, Instant::now());
-            let mut ended: Vec<usize> = decision.end.iter().map(|at| places[*at]).collect();
-            ended.sort_unstable();
-            for at in ended.into_iter().rev() {
-                self.dismiss(at);
-            }
+            self.dismiss_all(&places, &situation, &decision.end);
             if decision.make {
                 self.start(name, Work::Keeper);
             } else if situation.fresh && situation.wanted == 0 && !situation.making_somewhere {
@@ -52,8 +52,13 @@ impl Daemon<'_> {
         let (places, mut situation) = self.situation(name);
         situation.wanted = u32::MAX;
         situation.memory = Memory::Plenty;
-        let mut ended: Vec<usize> =
-            policy::decide(&situation, Instant::now()).end.iter().map(|at| places[*at]).collect();
+        let decision = policy::decide(&situation, Instant::now());
+        self.dismiss_all(&places, &situation, &decision.end);
+    }
+
+    fn dismiss_all(&mut self, places: &[usize], situation: &Situation, end: &[usize]) {
+        self.outdated |= end.iter().any(|at| !situation.waiting[*at].current);
+        let mut ended: Vec<usize> = end.iter().map(|at| places[*at]).collect();
         ended.sort_unstable();
         for at in ended.into_iter().rev() {
             self.dismiss(at);
@@ -70,32 +75,55 @@ impl Daemon<'_> {
         }
     }
 
-    pub(super) fn dismiss(&mut self, at: usize) {
+    fn dismiss(&mut self, at: usize) {
         let keeper = self.keepers.remove(at);
         let _ = keeper.channel.send(&KeeperHears::End, &[]);
     }
 
-    /// Ends all spares, those being made too, and waits until they are gone.
-    pub(super) fn dismiss_spares(&mut self) {
+    /// Ends the spares of one template, or all, those being made too, and waits until they are gone.
+    pub(super) fn end_spares(&mut self, of: Option<&str>) {
+        let meant = |dvm: &str| of.is_none_or(|name| name == dvm);
         let mut ending = Vec::new();
         for keeper in std::mem::take(&mut self.keepers) {
-            if matches!(keeper.phase, Phase::Waiting { .. })
-                && keeper.channel.send(&KeeperHears::End, &[]).is_ok()
-            {
+            if !matches!(keeper.phase, Phase::Waiting { .. }) || !meant(&keeper.dvm) {
+                self.keepers.push(keeper);
+            } else if keeper.channel.send(&KeeperHears::End, &[]).is_ok() {
                 ending.push(keeper);
             }
         }
-        // One that is still making a spare does not listen. With it goes its QEMU; it holds nothing else. It is our child and not
-        // waited for yet, so the number is still its own.
-        for (pid, _) in self.children.iter().filter(|(_, child)| child.what != Work::Rebuild && !child.ready)
-        {
-            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
-            let _ = waitpid(Pid::from_raw(*pid), None);
-        }
+        self.kill_makers(|child| meant(&child.dvm));
         for keeper in ending {
             let _ = keeper.channel.receive_within::<KeeperSays>(END_LIMIT);
         }
         let _ = clones::sweep(self.state);
+    }
+
+    /// A template is to be removed: its spares go, and no more are made for a while.
+    pub(super) fn let_go(&mut self, name: &str) {
+        if let Some(dvm) = self.dvms.get_mut(name) {
+            dvm.let_go_until = Some(Instant::now() + LET_GO);
+            dvm.wanted = 0;
+            self.end_spares(Some(name));
+        }
+    }
+
+    /// Kills what is at a spare or a hot image and meant. A keeper that is still making its spare does not listen; with it goes
+    /// its QEMU, and it holds nothing else. It is our child and not waited for yet, so the number is still its own.
+    fn kill_makers(&mut self, meant: impl Fn(&Child) -> bool) {
+        for (pid, child) in &self.children {
+            if matches!(child.what, Work::Keeper | Work::Admit) && !child.ready && meant(child) {
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+        }
+    }
+
+    /// Kills what takes too long, or makes what is not wanted any more.
+    fn kill_lost_makers(&mut self) {
+        let unwanted: Vec<String> = (self.dvms.iter())
+            .filter(|(_, dvm)| !matches!(dvm.serving, Some(Ok(_))))
+            .map(|(name, _)| name.clone())
+            .collect();
+        self.kill_makers(|child| child.since.elapsed() >= MAKING_LIMIT || unwanted.contains(&child.dvm));
     }
 
     /// Has the savefile built, unless that was just tried in vain. Says whether it is being built.
@@ -119,10 +147,7 @@ impl Daemon<'_> {
             Ok(child) => {
                 tracing::info!("rebuilding the savefile of {name}");
                 dvm.rebuilt = Some((Instant::now(), inputs));
-                self.children.insert(
-                    child.id() as i32,
-                    Child { dvm: name.to_owned(), what: Work::Rebuild, ready: false },
-                );
+                self.note_child(child.id(), name, Work::Rebuild);
                 true
             }
             Err(error) => {
@@ -146,19 +171,34 @@ impl Daemon<'_> {
         self.start(name, Work::Admit);
     }
 
+    /// Removes hot images and generations that nothing uses any more.
+    pub(super) fn collect(&mut self) {
+        self.outdated = false;
+        match savefiles::start_collection(self.state) {
+            Ok(child) => self.note_child(child.id(), "", Work::Collect),
+            Err(error) => tracing::warn!("cannot start the collection: {error}"),
+        }
+    }
+
     fn start(&mut self, name: &str, what: Work) {
         match start_helper(self.state, name, what) {
-            Ok(pid) => drop(self.children.insert(pid, Child { dvm: name.to_owned(), what, ready: false })),
+            Ok(pid) => self.note_child(pid, name, what),
             Err(error) => self.note_failure(name, format!("cannot start a keeper: {error}")),
         }
+    }
+
+    fn note_child(&mut self, pid: u32, name: &str, what: Work) {
+        let child = Child { dvm: name.to_owned(), what, since: Instant::now(), ready: false };
+        self.children.insert(pid as i32, child);
     }
 }
 
 /// Starts ourselves for one piece of work, in a process group of its own: a terminal's Ctrl-C is for us, not for clones that run.
-fn start_helper(state: &State, dvm: &str, what: Work) -> io::Result<i32> {
-    let mut command = Command::new(std::env::current_exe()?);
+fn start_helper(state: &State, dvm: &str, what: Work) -> io::Result<u32> {
+    // Not by our path: an upgrade may have put another file there, or none.
+    let mut command = Command::new("/proc/self/exe");
     let word = if what == Work::Admit { "admit" } else { "keeper" };
-    command.arg("--root").arg(state.root()).args([word, dvm]);
+    command.arg0("dispvmd").arg("--root").arg(state.root()).args([word, dvm]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).process_group(0);
-    Ok(command.spawn()?.id() as i32)
+    Ok(command.spawn()?.id())
 }
