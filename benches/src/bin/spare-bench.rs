@@ -4,7 +4,7 @@
 //! `--full` measures 200 launches of each guest and adds its lines to benches/results/; `--short` is CI's guard.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, ExitCode, Stdio};
+use std::process::{Child, ChildStdout, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use benches::clock::{available_mib, children_of, cpu_seconds, first_byte, ms, own_mib, pss_mib};
@@ -65,9 +65,11 @@ fn measure(bench: &Bench, launches: usize, many: bool) -> Vec<Row> {
         let daemon = Daemon::start(bench, subject);
         let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
         for _ in 0..launches {
+            // Both are made before either is measured; the daemon's next one is not begun before both are over.
+            let peer = HandDriven::start(bench, subject);
             daemon.await_spare();
             ours.push(first_byte(&mut bench.ours(subject, &COMMAND)));
-            by_hand.push(spare_by_hand(bench, subject));
+            by_hand.push(peer.go());
         }
         let (p50, p95) = (median(&ours), percentile(&ours, 95.0));
         rows.push(Row::limit(format!("{name}: exec → first byte with a spare, p50"), p50, "ms", mark));
@@ -156,18 +158,30 @@ impl Drop for Daemon<'_> {
     }
 }
 
-/// From the word to go on to the first byte.
-fn spare_by_hand(bench: &Bench, subject: &Subject) -> f64 {
-    let mut peer = bench.spare_by_hand(subject, &COMMAND).stdout(Stdio::piped()).spawn().expect("it starts");
-    let mut stdout = BufReader::new(peer.stdout.take().expect("a pipe"));
-    stdout.read_line(&mut String::new()).expect("its word");
-    std::thread::sleep(Duration::from_millis(50));
-    let start = Instant::now();
-    peer.stdin.as_mut().expect("a pipe").write_all(b"go\n").expect("it listens");
-    stdout.read_exact(&mut [0u8]).expect("a byte");
-    let taken = ms(start);
-    peer.wait().expect("it ends");
-    taken
+/// A spare driven by hand, ready to go on.
+struct HandDriven {
+    process: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl HandDriven {
+    fn start(bench: &Bench, subject: &Subject) -> HandDriven {
+        let mut command = bench.spare_by_hand(subject, &COMMAND);
+        let mut process = command.stdout(Stdio::piped()).spawn().expect("it starts");
+        let mut stdout = BufReader::new(process.stdout.take().expect("a pipe"));
+        stdout.read_line(&mut String::new()).expect("its word that it is ready");
+        HandDriven { process, stdout }
+    }
+
+    /// From the word to go on to the first byte, in ms.
+    fn go(mut self) -> f64 {
+        let start = Instant::now();
+        self.process.stdin.as_mut().expect("a pipe").write_all(b"go\n").expect("it listens");
+        self.stdout.read_exact(&mut [0u8]).expect("a byte");
+        let taken = ms(start);
+        self.process.wait().expect("it ends");
+        taken
+    }
 }
 
 /// The memory of the QEMU of a guest that was booted, when it has come to rest.

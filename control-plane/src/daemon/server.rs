@@ -382,7 +382,7 @@ fn call_keepers(state: &State) -> Result<()> {
             continue;
         };
         // Its record's lock is still held, so the process we have got hold of is the one that holds it.
-        if clones::list(state)?.iter().any(|living| *living == clone) {
+        if clones::list(state)?.contains(&clone) {
             let _ = rustix::process::pidfd_send_signal(process, rustix::process::Signal::USR1);
         }
     }
