@@ -176,7 +176,7 @@ fn run(options: Options) -> Result<u8> {
                 private_generation: 1,
                 private_id: String::new(),
                 volatile_mib: volatile_size,
-                spares: spares,
+                spares,
                 savefile: None,
             };
             templates::add_dvm(&state, &name, &label, dvm)?;
