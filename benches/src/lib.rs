@@ -3,5 +3,6 @@
 pub mod clock;
 pub mod guests;
 pub mod results;
+pub mod run;
 pub mod stats;
 pub mod table;

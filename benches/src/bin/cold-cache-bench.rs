@@ -16,9 +16,9 @@ use std::time::Instant;
 
 use benches::clock::first_byte;
 use benches::guests::{Bench, Subject, DEBIAN, TEST};
-use benches::results;
+use benches::run::Options;
 use benches::stats::{median, percentile};
-use benches::table::{self, Row};
+use benches::table::Row;
 use clap::Parser;
 use nix::fcntl::{posix_fadvise, PosixFadviseAdvice};
 use rustix::io::ReadWriteFlags;
@@ -29,58 +29,28 @@ const MARK: f64 = 0.8;
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 
-/// Measures launches from a cold page cache.
+/// Measures launches from a cold page cache: 40 of each kind, or six.
 #[derive(Parser)]
-struct Options {
-    /// 40 launches of each kind; adds to benches/results/
-    #[arg(long)]
-    full: bool,
-    /// Six launches of each kind; fails when a ratio is far off twice
-    #[arg(long, conflicts_with = "full")]
-    short: bool,
-    /// Another number of launches
-    #[arg(long)]
-    launches: Option<usize>,
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let launches = options.launches.unwrap_or(match (options.full, options.short) {
-        (true, _) => 40,
-        (_, true) => 6,
-        _ => 12,
-    });
+    let Arguments { options } = Arguments::parse();
+    let launches = options.launches(40, 6);
     let bench = Bench::open();
-    for subject in [&TEST, &DEBIAN] {
+    let subjects = [("test guest", &TEST), ("Debian guest", &DEBIAN)];
+    for (_, subject) in subjects {
         bench.prepare(subject);
         if !Hot::of(&bench, subject).cool() {
             println!("skipped: nothing can be taken out of the page cache of this file system");
             return ExitCode::SUCCESS;
         }
     }
-    let mut rows = measure_all(&bench, launches);
-    if options.full {
-        results::keep("cold-cache", &rows, launches);
-    }
-    if rows.iter().any(Row::is_far_off) {
-        println!("\na ratio is far off its mark; measuring once more");
-        rows = measure_all(&bench, launches);
-    }
-    match rows.iter().find(|row| row.is_far_off()) {
-        Some(row) => {
-            println!("\nfar off twice in a row: {}", row.measure);
-            ExitCode::FAILURE
-        }
-        None => ExitCode::SUCCESS,
-    }
-}
-
-fn measure_all(bench: &Bench, launches: usize) -> Vec<Row> {
-    let subjects = [("test guest", &TEST), ("Debian guest", &DEBIAN)];
-    let rows: Vec<Row> =
-        subjects.iter().flat_map(|(name, subject)| measure(bench, name, subject, launches)).collect();
-    println!("{}", table::text(&rows));
-    rows
+    options.run("cold-cache", launches, || {
+        subjects.iter().flat_map(|(name, subject)| measure(&bench, name, subject, launches)).collect()
+    })
 }
 
 fn measure(bench: &Bench, name: &str, subject: &Subject, launches: usize) -> Vec<Row> {

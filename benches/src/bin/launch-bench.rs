@@ -11,27 +11,13 @@ use std::time::{Duration, Instant};
 
 use benches::clock::{children_of, first_byte, ms};
 use benches::guests::{Bench, Subject, DEBIAN, TEST, TEST_4G};
-use benches::results;
+use benches::run::Options;
 use benches::stats::{median, percentile};
-use benches::table::{self, Row};
+use benches::table::Row;
 use clap::Parser;
 
 /// The command whose first byte is waited for.
 const COMMAND: [&str; 2] = ["echo", "x"];
-
-/// Measures launches against their peers.
-#[derive(Parser)]
-struct Options {
-    /// 100 launches each, 5 cold boots; adds to benches/results/
-    #[arg(long)]
-    full: bool,
-    /// A dozen launches each, one cold boot; fails when a ratio is far off twice
-    #[arg(long, conflicts_with = "full")]
-    short: bool,
-    /// Another number of launches
-    #[arg(long)]
-    launches: Option<usize>,
-}
 
 /// Everything measured of one guest, in ms.
 #[derive(Default)]
@@ -42,31 +28,22 @@ struct Times {
     exit: Vec<f64>,
 }
 
+/// Measures launches against their peers: 100 of each kind and 5 cold boots, or a dozen and one.
+#[derive(Parser)]
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
+}
+
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let (launches, cold_boots) = if options.full { (100, 5) } else { (12, 1) };
-    let launches = options.launches.unwrap_or(launches);
+    let Arguments { options } = Arguments::parse();
+    let launches = options.launches(100, 12);
+    let cold_boots = if options.full { 5 } else { 1 };
     let bench = Bench::open();
     for subject in [&TEST, &TEST_4G, &DEBIAN] {
         bench.prepare(subject);
     }
-    let mut rows = measure(&bench, launches, cold_boots);
-    println!("{}", table::text(&rows));
-    if options.full {
-        results::keep("launch", &rows, launches);
-    }
-    if rows.iter().any(Row::is_far_off) {
-        println!("\na ratio is far off its mark; measuring once more");
-        rows = measure(&bench, launches, cold_boots);
-        println!("{}", table::text(&rows));
-    }
-    match rows.iter().find(|row| row.is_far_off()) {
-        Some(row) => {
-            println!("\nfar off twice in a row: {}", row.measure);
-            ExitCode::FAILURE
-        }
-        None => ExitCode::SUCCESS,
-    }
+    options.run("launch", launches, || measure(&bench, launches, cold_boots))
 }
 
 fn measure(bench: &Bench, launches: usize, cold_boots: usize) -> Vec<Row> {

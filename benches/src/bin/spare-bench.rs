@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use benches::clock::{available_mib, children_of, cpu_seconds, first_byte, ms, own_mib, pss_mib};
 use benches::guests::{Bench, Subject, DEBIAN, TEST};
-use benches::results;
+use benches::run::Options;
 use benches::stats::{median, percentile};
-use benches::table::{self, Row};
+use benches::table::Row;
 use clap::Parser;
 
 /// The command whose first byte is waited for.
@@ -21,41 +21,18 @@ const MANY: usize = 40;
 /// A spare under emulation is made within some seconds.
 const SPARE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Measures launches that get a spare.
+/// Measures launches that get a spare: 200 of each guest and 40 clones at once, or ten.
 #[derive(Parser)]
-struct Options {
-    /// 200 launches of each guest, 40 clones at once; adds to benches/results/
-    #[arg(long)]
-    full: bool,
-    /// Ten launches of each; fails when a ratio is far off twice
-    #[arg(long, conflicts_with = "full")]
-    short: bool,
-    /// Another number of launches
-    #[arg(long)]
-    launches: Option<usize>,
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
 }
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    let launches = options.launches.unwrap_or(if options.full { 200 } else { 10 });
+    let Arguments { options } = Arguments::parse();
+    let launches = options.launches(200, 10);
     let bench = Bench::open();
-    let mut rows = measure(&bench, launches, options.full);
-    println!("{}", table::text(&rows));
-    if options.full {
-        results::keep("spare", &rows, launches);
-    }
-    if rows.iter().any(Row::is_far_off) {
-        println!("\na ratio is far off its mark; measuring once more");
-        rows = measure(&bench, launches, false);
-        println!("{}", table::text(&rows));
-    }
-    match rows.iter().find(|row| row.is_far_off()) {
-        Some(row) => {
-            println!("\nfar off twice in a row: {}", row.measure);
-            ExitCode::FAILURE
-        }
-        None => ExitCode::SUCCESS,
-    }
+    options.run("spare", launches, || measure(&bench, launches, options.full))
 }
 
 fn measure(bench: &Bench, launches: usize, many: bool) -> Vec<Row> {
