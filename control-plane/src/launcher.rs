@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use engine::close;
-use engine::host::{Domain, Host};
+use engine::host::{Domain, Host, HostError};
 use engine::identity::{CloneNumber, Identity};
 use engine::image::hot::HotFiles;
 use engine::launch::{self, Clone, LaunchError};
@@ -209,11 +209,31 @@ fn make(
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 
-    let connect = |pipe| AgentLink::with_command(pipe, request.exec).limited(machine.agent_limits());
+    let connect = || {
+        let exec = request.exec.clone();
+        move |pipe| AgentLink::with_command(pipe, exec).limited(machine.agent_limits())
+    };
     let spec = &guest.spec;
-    let launched = match image {
-        Some((.., files)) => launch::restore(&*host, spec, files, &confinement, &identity, connect, timeline),
-        None => launch::cold(&*host, spec, &confinement, &identity, connect, timeline),
+    let before = timeline.clone();
+    let restored = image.map(|(.., files)| {
+        launch::restore(&*host, spec, files, &confinement, &identity, connect(), timeline)
+    });
+    let (launched, generation) = match restored {
+        // Nothing has run in it yet.
+        Some(Err(LaunchError::Host(error))) if !matches!(error, HostError::Refused { .. }) => {
+            *timeline = before;
+            let error = error_text(&launch_error(LaunchError::Host(error)));
+            say_cold(
+                &format!("the savefile of {} does not restore ({error})", guest.dvm_name),
+                state,
+                &guest,
+                rebuild,
+                say,
+            );
+            (launch::cold(&*host, spec, &confinement, &identity, connect(), timeline), None)
+        }
+        Some(restored) => (restored, generation),
+        None => (launch::cold(&*host, spec, &confinement, &identity, connect(), timeline), None),
     };
     let Clone { domain, agent: link } = launched.map_err(launch_error)?;
     let (number, host) = (lease.number(), host.facts().kind.clone());
@@ -236,10 +256,17 @@ fn ready_image(
     rebuild: Rebuild,
     say: &dyn Fn(&str),
 ) -> Result<Option<(u64, String, HotFiles)>> {
-    let reason = match savefiles::ready(state, guest, host)? {
-        Readiness::Ready { generation, root_hash, files } => return Ok(Some((generation, root_hash, files))),
-        Readiness::Not { reason } => reason,
-    };
+    match savefiles::ready(state, guest, host)? {
+        Readiness::Ready { generation, root_hash, files } => Ok(Some((generation, root_hash, files))),
+        Readiness::Not { reason } => {
+            say_cold(&reason, state, guest, rebuild, say);
+            Ok(None)
+        }
+    }
+}
+
+/// Says why the clone boots cold, and has a savefile built for the next.
+fn say_cold(reason: &str, state: &State, guest: &Guest, rebuild: Rebuild, say: &dyn Fn(&str)) {
     let started = match rebuild {
         Rebuild::Start => savefiles::start_rebuild(state, &guest.dvm_name).map(drop),
         Rebuild::No | Rebuild::UnderWay => Ok(()),
@@ -251,7 +278,6 @@ fn ready_image(
         }
         (_, Err(error)) => say(&format!("{reason}; booting cold, and cannot start the rebuild: {error}")),
     }
-    Ok(None)
 }
 
 /// Carries the command's streams until it ends.

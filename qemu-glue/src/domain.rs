@@ -149,11 +149,12 @@ impl Domain for QemuDomain {
 
     fn serve(&mut self) -> Result<(), HostError> {
         let step = "serve the clone";
+        let mut failed = Vec::new();
         for _ in 0..EVENTS_AT_ONCE {
             let event = self.qmp.pending_event().map_err(|error| self.explain(step, error))?;
             match event {
-                None => return Ok(()),
-                Some(event) if event.name == "BLOCK_IO_ERROR" => self.relieve(&event)?,
+                None => return self.relieve_all(failed),
+                Some(event) if event.name == "BLOCK_IO_ERROR" => failed.push(event),
                 Some(event) if event.name == "SHUTDOWN" => return Err(self.ending(step, &event)),
                 Some(_) => {}
             }
@@ -253,6 +254,15 @@ impl QemuDomain {
             .and_then(|_| file.read_to_end(&mut bytes))
             .map_err(HostError::io(step))?;
         Ok(bytes)
+    }
+
+    /// Several volumes may have failed at once. Those that can still be helped come first: a late word of one that was helped
+    /// before is not to be taken for the end of it, and once the guest goes on it says nothing any more.
+    fn relieve_all(&mut self, failed: Vec<Event>) -> Result<(), HostError> {
+        let (spilled, helpable): (Vec<Event>, Vec<Event>) = failed.into_iter().partition(|event| {
+            self.overlays.iter().any(|overlay| overlay.spilled && names_volume(event, &overlay.volume))
+        });
+        helpable.iter().chain(&spilled).try_for_each(|event| self.relieve(event))
     }
 
     /// A write failed. If the guest stands still over it, the volume gets an encrypted overlay on disk and the guest
