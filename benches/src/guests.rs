@@ -117,6 +117,12 @@ impl Bench {
         peer
     }
 
+    /// The keeper of a spare of the subject.
+    pub fn keeper(&self, subject: &Subject) -> u32 {
+        let clones = control_plane::clones::list(&self.state()).expect("the clones' records");
+        clones.iter().find(|clone| clone.dvm == subject.dvm).expect("a spare").pid
+    }
+
     /// The folder of the subject's hot image.
     pub fn hot(&self, subject: &Subject) -> PathBuf {
         let guest = self.guest(subject);

@@ -81,10 +81,7 @@ struct Daemon<'a> {
 
 impl<'a> Daemon<'a> {
     fn start(bench: &'a Bench, subject: &'a Subject) -> Daemon<'a> {
-        let mut add = bench.command("dispvm-qube");
-        add.args(["add-dvm", subject.dvm, "--template", subject.template, "--spares", "1"]);
-        add.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
-        assert!(add.status().is_ok_and(|status| status.success()), "{add:?}");
+        want_spares(bench, subject, "1");
         let child = bench.command("dispvmd").args(["--spares", "0"]).spawn().expect("it starts");
         Daemon { bench, subject, child }
     }
@@ -109,7 +106,7 @@ impl<'a> Daemon<'a> {
     /// A spare's memory against a booted guest's, and its processor time.
     fn cost_of_waiting(&self, name: &str) -> Vec<Row> {
         self.await_spare();
-        let keeper = *children_of(self.child.id()).first().expect("a keeper");
+        let keeper = self.bench.keeper(self.subject);
         let processes: Vec<u32> = children_of(keeper).into_iter().chain([keeper]).collect();
         let spare: f64 = processes.iter().map(|pid| own_mib(*pid)).sum();
         let mapped: f64 = processes.iter().map(|pid| pss_mib(*pid)).sum();
@@ -127,8 +124,17 @@ impl<'a> Daemon<'a> {
     }
 }
 
+fn want_spares(bench: &Bench, subject: &Subject, count: &str) {
+    let mut add = bench.command("dispvm-qube");
+    add.args(["add-dvm", subject.dvm, "--template", subject.template, "--spares", count]);
+    add.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
+    assert!(add.status().is_ok_and(|status| status.success()), "{add:?}");
+}
+
 impl Drop for Daemon<'_> {
     fn drop(&mut self) {
+        // The next one is to keep spares of another guest.
+        want_spares(self.bench, self.subject, "0");
         let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
         let _ = self.child.wait();
