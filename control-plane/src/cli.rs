@@ -82,12 +82,19 @@ fn manual(mut command: clap::Command, out: &mut Vec<u8>) -> std::io::Result<()> 
     command.build();
     let subcommands: Vec<clap::Command> =
         command.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
-    clap_mangen::Man::new(command).render(out)?;
+    // All of a page but its list of the subcommands' own pages: they are sections of this one.
+    let page = clap_mangen::Man::new(command);
+    page.render_title(out)?;
+    page.render_name_section(out)?;
+    page.render_synopsis_section(out)?;
+    page.render_description_section(out)?;
+    page.render_options_section(out)?;
     for subcommand in subcommands.into_iter().filter(|command| command.get_name() != "help") {
         let name = subcommand.get_bin_name().unwrap_or_else(|| subcommand.get_name()).to_owned();
         let page = clap_mangen::Man::new(subcommand.display_name(&name));
         writeln!(out, ".SH \"{}\"", name.to_uppercase())?;
         let mut section = Vec::new();
+        page.render_name_section(&mut section)?;
         page.render_synopsis_section(&mut section)?;
         page.render_description_section(&mut section)?;
         page.render_options_section(&mut section)?;
