@@ -1,0 +1,18 @@
+//! A host over Xen: domains made, filled, captured and destroyed by hypercall, without libxenctrl, libxl or scripts.
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | `sys/` | the only `unsafe`: privcmd, event channels, grants, loop and device-mapper ioctls |
+//! | `abi/` | the layouts and numbers of Xen's public headers |
+//! | [`hypercalls`] | the seam: what is asked of Xen, implemented by `sys` and by `simulated` |
+//! | `xenstore/` | wire codec, client, and the nodes of a domain and its devices |
+//! | `volumes/` | a domain's disks: loop, dm-crypt, dm-snapshot |
+//! | `boot/` | from a kernel image to the first instruction of a PVH guest |
+//! | `stream/` | `xl save` files: read, checked, written |
+//! | `life/` | create, fill, capture, restore, destroy |
+//! | `channel/` | the agent's vchan |
+//! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
+
+pub mod device_state;
+pub mod hypercalls;
+pub mod layout;
