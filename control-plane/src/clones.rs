@@ -132,6 +132,12 @@ pub fn list(state: &State) -> Result<Vec<CloneRecord>> {
     Ok(clones)
 }
 
+/// Whether the clone of this number has a living keeper. One that cannot be asked counts as alive.
+pub fn is_kept(state: &State, slot: u32) -> bool {
+    let path = CloneNumber::new(slot).map(|number| state.clones().join(number.to_string()));
+    path.is_some_and(|path| is_alive(&path).unwrap_or(true))
+}
+
 /// Removes the records of dead clones.
 pub fn sweep(state: &State) -> Result<()> {
     let folder = state.clones();

@@ -15,7 +15,7 @@ use qrexec::{Exec, Exit};
 use serde_json::{json, Value};
 
 use crate::agent_link::{AgentLink, Limits};
-use crate::clones::{self, Keeping, Lease};
+use crate::clones::{Keeping, Lease};
 use crate::daemon;
 use crate::daemon::client::{Found, HandedOut, Lifeline};
 use crate::error::{Error, Kind, Result};
@@ -189,7 +189,7 @@ fn make(
     say: &dyn Fn(&str),
     timeline: &mut Timeline,
 ) -> Result<Launched> {
-    clones::sweep(state)?;
+    machine::sweep(state, machine)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     let guest = Guest::load(state, &request.dvm)?;
     let host = machine.host(state, &guest.spec.kernel)?;

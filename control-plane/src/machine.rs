@@ -10,6 +10,7 @@ use qemu_glue::host::QemuHost;
 use qemu_glue::probe::{self, ProbeError, Qemu};
 
 use crate::agent_link::Limits;
+use crate::clones;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
@@ -24,8 +25,12 @@ pub trait Machine: Send + Sync {
     /// Its hypervisor, probed with `kernel` if it is not known yet.
     fn host(&self, state: &State, kernel: &Path) -> Result<Box<dyn Host>>;
 
-    /// Bytes a new process could take without anything being swapped out; `None` where nobody knows.
-    fn memory_available(&self) -> Option<u64>;
+    /// Ends what clones of this folder have left behind that does not end with their keeper: domains and their devices.
+    /// `is_kept` tells of a slot whether its keeper lives.
+    fn sweep(&self, state: &State, is_kept: &dyn Fn(u32) -> bool) -> Result<()>;
+
+    /// What a clone may come to take of the machine's memory, and what there is.
+    fn budget(&self, spec: &GuestSpec, confinement: &Confinement) -> Budget;
 
     /// How much each of a clone's volumes may write to memory.
     fn volume_memory_max(&self) -> ByteCount;
@@ -35,6 +40,38 @@ pub trait Machine: Send + Sync {
 
     /// How long the agents of its guests may take.
     fn agent_limits(&self) -> Limits;
+}
+
+/// Memory where clones take it from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// The most that one clone may come to use, in bytes.
+    pub one: u64,
+    /// What nobody uses, in bytes; `None` where nobody knows.
+    pub available: Option<u64>,
+    /// What has to be left over, in bytes.
+    pub reserve: u64,
+    /// What the user can do about too little of it.
+    pub advice: &'static str,
+}
+
+impl Budget {
+    /// Of clones that are processes of this system: what is available to them is yet to be found out.
+    pub fn of_processes(spec: &GuestSpec, confinement: &Confinement) -> Budget {
+        let in_memory = spec.volumes.iter().filter(|volume| !volume.base.is_persistent()).count();
+        Budget {
+            one: spec.memory.0 + in_memory as u64 * confinement.volume_memory_max.0,
+            available: None,
+            reserve: HOST_RESERVE,
+            advice:
+                "close other programs, give the DVM template less memory, or lower DISPVM_VOLUME_MEMORY_MIB",
+        }
+    }
+
+    /// What has to be available for so many clones.
+    pub fn needed_for(&self, clones: u64) -> u64 {
+        self.one.saturating_mul(clones).saturating_add(self.reserve)
+    }
 }
 
 /// The machine we are on, as the environment describes it.
@@ -63,10 +100,12 @@ impl Machine for ThisMachine {
         Ok(Box::new(QemuHost::new(qemu)))
     }
 
-    fn memory_available(&self) -> Option<u64> {
-        let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
+    fn sweep(&self, _state: &State, _is_kept: &dyn Fn(u32) -> bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn budget(&self, spec: &GuestSpec, confinement: &Confinement) -> Budget {
+        Budget { available: memory_available(), ..Budget::of_processes(spec, confinement) }
     }
 
     fn volume_memory_max(&self) -> ByteCount {
@@ -80,6 +119,13 @@ impl Machine for ThisMachine {
     fn agent_limits(&self) -> Limits {
         Limits::default()
     }
+}
+
+/// Bytes a new process could take without anything being swapped out; `None` where nobody knows.
+fn memory_available() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
 }
 
 /// No core dump of this process: the key of a spill is in its memory, and what its clone reads and writes.
@@ -99,17 +145,22 @@ pub fn confinement(state: &State, machine: &dyn Machine, number: CloneNumber) ->
     }
 }
 
-/// The most a clone may come to use.
-pub fn memory_needed(spec: &GuestSpec, confinement: &Confinement) -> u64 {
-    let in_memory = spec.volumes.iter().filter(|volume| !volume.base.is_persistent()).count();
-    spec.memory.0 + in_memory as u64 * confinement.volume_memory_max.0
+/// Removes what dead clones have left: what the hypervisor still has of them, and their records.
+///
+/// That the hypervisor cannot be asked is no reason not to launch: it is said, and the next sweep tries again.
+pub fn sweep(state: &State, machine: &dyn Machine) -> Result<()> {
+    if let Err(error) = machine.sweep(state, &|slot| clones::is_kept(state, slot)) {
+        tracing::warn!("cannot remove what dead clones have left: {}", crate::output::error_text(&error));
+    }
+    clones::sweep(state)
 }
 
 /// Refuses a clone for which there would not be enough memory if it took all it may: the host's OOM killer shall never
 /// have to choose.
 pub fn check_memory(machine: &dyn Machine, spec: &GuestSpec, confinement: &Confinement) -> Result<()> {
-    let needed = memory_needed(spec, confinement) + HOST_RESERVE;
-    match machine.memory_available() {
+    let budget = machine.budget(spec, confinement);
+    let needed = budget.needed_for(1);
+    match budget.available {
         Some(available) if available < needed => Err(Error::new(
             Kind::Refused,
             format!(
@@ -118,7 +169,7 @@ pub fn check_memory(machine: &dyn Machine, spec: &GuestSpec, confinement: &Confi
                 crate::output::bytes_text(available)
             ),
         )
-        .hint("close other programs, give the DVM template less memory, or lower DISPVM_VOLUME_MEMORY_MIB")),
+        .hint(budget.advice)),
         _ => Ok(()),
     }
 }

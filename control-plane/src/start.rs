@@ -25,7 +25,7 @@ use nix::sys::signal::Signal;
 use qrexec::{Exec, Exit, GuestFrame, HostFrame};
 
 use crate::agent_link::AgentLink;
-use crate::clones::{self, Keeping, Lease};
+use crate::clones::{Keeping, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
 use crate::machine::{self, Machine};
@@ -75,7 +75,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     let name = request.name.clone();
     Qube::load(state, &name)?;
     let running = qube::hold_running(state, &name)?;
-    clones::sweep(state)?;
+    machine::sweep(state, machine)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     let mut subject = Subject::load(state, &request)?;
     let lease = Lease::take(state, &name, "", subject.template.clone(), Keeping::Launcher)?;
@@ -373,6 +373,10 @@ mod tests {
         }
 
         fn touched(&mut self) -> std::result::Result<Vec<engine::units::PageRange>, HostError> {
+            unreachable!("it is going down")
+        }
+
+        fn steps(&mut self) -> Vec<(&'static str, Instant)> {
             unreachable!("it is going down")
         }
 

@@ -7,14 +7,14 @@
 //!   only in memory. A volume that is to be kept ([`Base::Persistent`]) is the one exception.
 //! - Bases and hot images are opened read-only and cannot be opened for writing by the domain's processes.
 //!
-//! `Host` and `Domain` have twelve required functions between them; a simulator or another hypervisor implements all of
+//! `Host` and `Domain` have thirteen required functions between them; a simulator or another hypervisor implements all of
 //! them for real, there are no defaults that lie.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::image::hot::{HotFiles, StackDelta};
 use crate::units::{ByteCount, PageRange};
@@ -253,6 +253,9 @@ pub trait Domain: Send {
     /// The pages of the memory image that a restored guest has read or written so far, sorted and disjoint. A host may
     /// add pages that lie beside them.
     fn touched(&mut self) -> Result<Vec<PageRange>, HostError>;
+
+    /// The host's own steps since it was last asked, each with the moment it was over; none where a restore is one step.
+    fn steps(&mut self) -> Vec<(&'static str, Instant)>;
 
     /// Readable when [`Domain::serve`] has something to do.
     fn events(&self) -> BorrowedFd<'_>;

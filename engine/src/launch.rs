@@ -53,6 +53,7 @@ pub fn restore<A: Agent>(
     domain.run()?;
     timeline.mark("restored");
     become_somebody(&mut agent, identity, timeline)?;
+    timeline.weave(domain.steps());
     Ok(Clone { domain, agent })
 }
 
@@ -71,6 +72,7 @@ pub fn cold<A: Agent>(
     agent.ready(BOOT_LIMIT)?;
     timeline.mark("booted");
     become_somebody(&mut agent, identity, timeline)?;
+    timeline.weave(domain.steps());
     Ok(Clone { domain, agent })
 }
 

@@ -20,6 +20,13 @@ impl Timeline {
         self.marks.push((phase, self.start.elapsed()));
     }
 
+    /// Adds phases that somebody else has timed, each in its place.
+    pub fn weave(&mut self, steps: impl IntoIterator<Item = (&'static str, Instant)>) {
+        let start = self.start;
+        self.marks.extend(steps.into_iter().map(|(step, at)| (step, at.saturating_duration_since(start))));
+        self.marks.sort_by_key(|(_, at)| *at);
+    }
+
     /// Each phase with the moment it ended, from the start, in ms.
     pub fn marks_ms(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
         self.marks.iter().map(|(phase, at)| (*phase, at.as_secs_f64() * 1e3))
@@ -38,6 +45,20 @@ impl Timeline {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_others_timed_comes_in_its_place() {
+        let start = Instant::now();
+        let mut timeline = Timeline::since(start);
+        std::thread::sleep(Duration::from_millis(3));
+        timeline.mark("restored");
+        timeline.weave([
+            ("filled", start + Duration::from_millis(2)),
+            ("created", start + Duration::from_millis(1)),
+        ]);
+        let names: Vec<&str> = timeline.marks_ms().map(|(name, _)| name).collect();
+        assert_eq!(names, ["created", "filled", "restored"]);
+    }
 
     #[test]
     fn phases_add_up_to_the_last_mark() {

@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{content, image, Guest, StackRaw};
 use engine::agent::{Agent, AgentError, AgentFacts};
@@ -128,6 +128,10 @@ impl Domain for TestDomain {
             // In no order, and one beyond memory.
             false => Ok([(9, 1), (1, 2), (3, 1), (1 << 40, 1)].map(|(a, n)| PageRange::new(a, n)).to_vec()),
         }
+    }
+
+    fn steps(&mut self) -> Vec<(&'static str, Instant)> {
+        Vec::new()
     }
 
     fn events(&self) -> BorrowedFd<'_> {

@@ -143,6 +143,10 @@ impl Domain for QemuDomain {
             .map_err(HostError::io("ask which pages of memory the clone has touched"))
     }
 
+    fn steps(&mut self) -> Vec<(&'static str, Instant)> {
+        Vec::new()
+    }
+
     fn events(&self) -> BorrowedFd<'_> {
         self.qmp.as_fd()
     }

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine::host::{AgentPipe, Capture, Confinement, Domain, HostError};
 use engine::units::{ByteCount, PageRange};
@@ -135,6 +135,10 @@ impl Domain for SimDomain {
     fn touched(&mut self) -> Result<Vec<PageRange>, HostError> {
         self.fail("domain.touched", "ask which pages were touched")?;
         Ok(self.vm.change(|state| state.guest.touched()))
+    }
+
+    fn steps(&mut self) -> Vec<(&'static str, Instant)> {
+        Vec::new()
     }
 
     fn events(&self) -> BorrowedFd<'_> {

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use control_plane::agent_link::Limits;
 use control_plane::error::{Error, Kind, Result};
-use control_plane::machine::Machine;
+use control_plane::machine::{Budget, Machine};
 use control_plane::state::State;
-use engine::host::Host;
+use engine::host::{Confinement, GuestSpec, Host};
 use engine::units::ByteCount;
 
 use crate::context::Context;
@@ -42,11 +42,16 @@ impl Machine for SimMachine {
         }
     }
 
-    fn memory_available(&self) -> Option<u64> {
-        match self.context.steps.at(StepKind::Machine, "machine.memory_available") {
-            None => Some(1 << 40),
-            Some(_) => Some(1 << 20),
-        }
+    fn sweep(&self, _state: &State, _is_kept: &dyn Fn(u32) -> bool) -> Result<()> {
+        Ok(())
+    }
+
+    fn budget(&self, spec: &GuestSpec, confinement: &Confinement) -> Budget {
+        let available = match self.context.steps.at(StepKind::Machine, "machine.budget") {
+            None => 1 << 40,
+            Some(_) => 1 << 20,
+        };
+        Budget { available: Some(available), ..Budget::of_processes(spec, confinement) }
     }
 
     fn volume_memory_max(&self) -> ByteCount {

@@ -21,7 +21,7 @@ use super::policy::Memory;
 use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, Spare, PROTOCOL};
 use crate::clones::{self, Keeping};
 use crate::error::{Error, Kind, Result};
-use crate::machine::Machine;
+use crate::machine::{self, Machine};
 use crate::savefiles::Serving;
 use crate::state::{self, State};
 
@@ -53,7 +53,7 @@ pub fn run(state: &State, machine: &dyn Machine, options: Options) -> Result<()>
     })?;
     let path = state.daemon_socket();
     let listener = Listener::bind(&path).map_err(Error::io("listen on", &path))?;
-    clones::sweep(state)?;
+    machine::sweep(state, machine)?;
     call_keepers(state)?;
     let mut daemon = Daemon {
         state,

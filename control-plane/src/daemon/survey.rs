@@ -138,10 +138,10 @@ impl Daemon<'_> {
 
 fn memory(state: &State, machine: &dyn Machine, guest: &Guest) -> Memory {
     let Some(number) = engine::identity::CloneNumber::new(0) else { return Memory::Enough };
-    let one = machine::memory_needed(&guest.spec, &machine::confinement(state, machine, number));
-    match machine.memory_available() {
-        Some(available) if available < one + machine::HOST_RESERVE => Memory::Short,
-        Some(available) if available < 2 * one + machine::HOST_RESERVE => Memory::Enough,
+    let budget = machine.budget(&guest.spec, &machine::confinement(state, machine, number));
+    match budget.available {
+        Some(available) if available < budget.needed_for(1) => Memory::Short,
+        Some(available) if available < budget.needed_for(2) => Memory::Enough,
         _ => Memory::Plenty,
     }
 }

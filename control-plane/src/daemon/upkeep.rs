@@ -12,8 +12,8 @@ use nix::unistd::Pid;
 use super::policy::{self, Memory, Situation};
 use super::protocol::{KeeperHears, KeeperSays};
 use super::server::{Child, Daemon, Phase, Work};
-use crate::clones;
 use crate::inputs::{self, Guest};
+use crate::machine;
 use crate::savefiles;
 use crate::state::State;
 
@@ -95,7 +95,7 @@ impl Daemon<'_> {
         for keeper in ending {
             let _ = keeper.channel.receive_within::<KeeperSays>(END_LIMIT);
         }
-        let _ = clones::sweep(self.state);
+        let _ = machine::sweep(self.state, self.machine);
     }
 
     /// A template is to be removed: its spares go, and no more are made for a while.

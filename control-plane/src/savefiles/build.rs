@@ -13,7 +13,7 @@ use engine::timeline::Timeline;
 
 use super::{collect, generations, savefile_error};
 use crate::agent_link::AgentLink;
-use crate::clones::{self, Keeping, Lease};
+use crate::clones::{Keeping, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
 use crate::machine::{self, Machine};
@@ -64,7 +64,7 @@ pub fn build(
             None => return Ok(None),
         },
     };
-    clones::sweep(state)?;
+    machine::sweep(state, machine)?;
     savefile::sweep(&folder).map_err(savefile_error)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     // Only now: the wait for the lock may have been long.
