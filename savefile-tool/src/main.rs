@@ -11,7 +11,7 @@ use control_plane::cli::{fail, generate_if_asked, machine, Common};
 use control_plane::daemon::client;
 use control_plane::error::{Kind, Result};
 use control_plane::inputs::Guest;
-use control_plane::machine::Machine;
+use control_plane::machine::{self, Machine};
 use control_plane::qube::Qube;
 use control_plane::savefiles::{self, Prerun, Standing};
 use control_plane::state::State;
@@ -123,7 +123,10 @@ fn run(options: Options) -> Result<ExitCode> {
             savefiles::remove(&state, &dvm)?;
             client::changed(&state);
         }
-        Command::Gc { json } => report::print_collected(&savefiles::collect(&state)?, json),
+        Command::Gc { json } => {
+            machine::sweep(&state, &machine()?)?;
+            report::print_collected(&savefiles::collect(&state)?, json);
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
