@@ -13,6 +13,7 @@
 //! | `channel/` | the agent's vchan |
 //! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
 
+pub mod boot;
 pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
