@@ -15,5 +15,6 @@
 
 pub mod boot;
 pub mod device_state;
+pub mod doctor;
 pub mod hypercalls;
 pub mod layout;
