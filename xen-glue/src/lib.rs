@@ -13,6 +13,8 @@
 //! | `channel/` | the agent's vchan |
 //! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
 
+mod abi;
 pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
+pub mod sys;
