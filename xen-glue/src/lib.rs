@@ -13,8 +13,10 @@
 //! | `channel/` | the agent's vchan |
 //! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
 
+mod abi;
 pub mod boot;
 pub mod device_state;
 pub mod doctor;
 pub mod hypercalls;
 pub mod layout;
+pub mod sys;
