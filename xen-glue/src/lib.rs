@@ -13,7 +13,11 @@
 //! | `channel/` | the agent's vchan |
 //! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
 
+mod abi;
+pub mod boot;
 pub mod device_state;
+pub mod doctor;
 pub mod hypercalls;
 pub mod layout;
 pub mod owner;
+pub mod sys;
