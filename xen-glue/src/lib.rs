@@ -17,4 +17,5 @@ mod abi;
 pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
+pub mod life;
 pub mod sys;
