@@ -19,4 +19,5 @@ pub mod device_state;
 pub mod doctor;
 pub mod hypercalls;
 pub mod layout;
+pub mod life;
 pub mod sys;
