@@ -24,13 +24,10 @@ const _: () = assert!(size_of::<Param>() == 16 && offset_of!(Param, value) == 8)
 pub mod param {
     pub const STORE_PFN: u64 = 1;
     pub const STORE_EVTCHN: u64 = 2;
-    pub const PAE_ENABLED: u64 = 4;
     pub const IOREQ_PFN: u64 = 5;
     pub const BUFIOREQ_PFN: u64 = 6;
     pub const TIMER_MODE: u64 = 10;
     pub const IDENT_PT: u64 = 12;
     pub const CONSOLE_PFN: u64 = 17;
     pub const CONSOLE_EVTCHN: u64 = 18;
-    pub const VM86_TSS_SIZED: u64 = 37;
-    pub const MCA_CAP: u64 = 38;
 }

@@ -1,10 +1,12 @@
 //! Frames of a domain, or pages of a resource of its, mapped into this process.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::{self, NonNull};
 
 use engine::units::PAGE_BYTES;
+use memmap2::{Mmap, MmapOptions};
 use nix::errno::Errno;
 
 use super::ioctl;
@@ -135,4 +137,13 @@ impl Drop for Pages {
         // SAFETY: the mapping is ours, and nothing of it outlives these Pages.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
+}
+
+/// Maps the first `length` bytes of a memory image for reading.
+///
+/// Legal only for a file that nobody changes or shortens: hot images are never written again, and a capture's is ours alone.
+pub fn map_image(file: &File, length: usize) -> io::Result<Mmap> {
+    // SAFETY: nobody writes to the file, by this function's contract, so its bytes are as immutable as the slice says; nor
+    // is it shortened, so every page of it is there.
+    unsafe { MmapOptions::new().len(length).map(file) }
 }
