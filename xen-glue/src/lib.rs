@@ -16,3 +16,4 @@
 pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
+pub mod stream;
