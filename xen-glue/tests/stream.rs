@@ -109,17 +109,20 @@ fn bytes_of(file: &File) -> Vec<u8> {
 }
 
 fn records(kind: GuestKind) -> BoxedStrategy<Record> {
-    let tsc = any::<(u32, u32, u64, u32)>().prop_map(|(mode, khz, nsec, incarnation)| {
-        Record::Tsc(TscInfo { mode, khz, nsec, incarnation })
-    });
+    let tsc = any::<(u32, u32, u64, u32)>()
+        .prop_map(|(mode, khz, nsec, incarnation)| Record::Tsc(TscInfo { mode, khz, nsec, incarnation }));
     if kind == GuestKind::Hvm {
         let context = vec(any::<u8>(), 1..50).prop_map(Record::HvmContext);
         let params = vec(any::<(u64, u64)>(), 0..5).prop_map(Record::HvmParams);
         return prop_oneof![tsc, context, params].boxed();
     }
-    let part = prop::sample::select(vec![VcpuPart::Basic, VcpuPart::Extended, VcpuPart::Xsave, VcpuPart::Msrs]);
-    let vcpu = (part, any::<u32>(), vec(any::<u8>(), 0..50))
-        .prop_map(|(part, vcpu, state)| Record::PvVcpu { part, vcpu, state });
+    let part =
+        prop::sample::select(vec![VcpuPart::Basic, VcpuPart::Extended, VcpuPart::Xsave, VcpuPart::Msrs]);
+    let vcpu = (part, any::<u32>(), vec(any::<u8>(), 0..50)).prop_map(|(part, vcpu, state)| Record::PvVcpu {
+        part,
+        vcpu,
+        state,
+    });
     let shared = any::<u8>().prop_map(|byte| Record::SharedInfo(vec![byte; PAGE_BYTES]));
     let p2m = (any::<u32>(), 0u32..4000).prop_map(|(first, more)| {
         let last = first.saturating_add(more);
@@ -239,7 +242,8 @@ fn real_streams_are_read_and_written_to_the_byte() {
     assert!(guest.state.hvm_params.contains(&(1, 0xfeffc)));
     assert!(refusal(PV).contains("PV guest"), "{}", refusal(PV));
     let (_, items) = read_all(PV).unwrap();
-    let vcpus = |item: &&(Item, _)| matches!(item.0, Item::Record(Record::PvVcpu { part: VcpuPart::Basic, .. }));
+    let vcpus =
+        |item: &&(Item, _)| matches!(item.0, Item::Record(Record::PvVcpu { part: VcpuPart::Basic, .. }));
     assert_eq!(items.iter().filter(vcpus).count(), 2);
 }
 
@@ -387,7 +391,8 @@ fn guests_that_cannot_be_taken_over_are_refused_by_name() {
     let (domain, policy) = (Domain { version: 2, kind: GuestKind::Hvm, xen: (4, 13) }, state(vec![]));
     let mut writer = StreamWriter::new(Vec::new(), &config(4).to_text(), &domain).unwrap();
     writer.page(PageEntry { pfn: 0, kind: PageKind::Normal }, &filled(1)).unwrap();
-    for record in [Record::Tsc(policy.tsc), Record::HvmContext(vec![1]), Record::HvmParams(policy.hvm_params)] {
+    for record in [Record::Tsc(policy.tsc), Record::HvmContext(vec![1]), Record::HvmParams(policy.hvm_params)]
+    {
         writer.record(&record).unwrap();
     }
     assert!(refusal(&writer.end().unwrap()).contains("before 4.14"));

@@ -50,7 +50,9 @@ fn items(data: &[u8]) -> Result<(ConfigText, Items), StreamError> {
 
 /// What is read of a stream, written, is read as the same.
 fn same_again(data: &[u8], config: ConfigText, mut items: Items) {
-    items.retain(|(item, _)| matches!(item, Item::Domain(_) | Item::Page(_) | Item::Record(_) | Item::DomainEnd));
+    items.retain(|(item, _)| {
+        matches!(item, Item::Domain(_) | Item::Page(_) | Item::Record(_) | Item::DomainEnd)
+    });
     let domain = items.iter().find_map(|(item, _)| match item {
         Item::Domain(domain) => Some(*domain),
         _ => None,
@@ -75,7 +77,10 @@ pub fn config(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let Ok(config) = GuestConfig::parse(&ConfigText::Json(text.to_owned())) else { return };
     if (1..=128).contains(&config.vcpus) {
-        assert_eq!(GuestConfig::parse(&config.to_text()).expect("what was written is a configuration"), config);
+        assert_eq!(
+            GuestConfig::parse(&config.to_text()).expect("what was written is a configuration"),
+            config
+        );
     }
 }
 

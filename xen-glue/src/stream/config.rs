@@ -120,7 +120,9 @@ impl GuestConfig {
     /// Reads a configuration. An xl.cfg is refused: it is a program's language, and xl writes none by itself.
     pub fn parse(text: &ConfigText) -> Result<GuestConfig, Fault> {
         let ConfigText::Json(text) = text else {
-            return Err(Fault::Text("it is an xl.cfg, not JSON: save the guest without a configuration".into()));
+            return Err(Fault::Text(
+                "it is an xl.cfg, not JSON: save the guest without a configuration".into(),
+            ));
         };
         let raw: RawConfig = serde_json::from_str(text).map_err(|error| Fault::Text(error.to_string()))?;
         if raw.disks.len() > DEVICES_MAX || raw.nics.len() > DEVICES_MAX {

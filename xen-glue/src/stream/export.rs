@@ -40,7 +40,11 @@ pub fn write<W: Write>(out: W, config: &GuestConfig, state: &DeviceState, memory
 }
 
 /// Frames in their order, the special pages among them.
-fn write_memory<W: Write>(stream: &mut StreamWriter<W>, state: &DeviceState, memory: &File) -> io::Result<()> {
+fn write_memory<W: Write>(
+    stream: &mut StreamWriter<W>,
+    state: &DeviceState,
+    memory: &File,
+) -> io::Result<()> {
     let mut place = PageIndex(0);
     let mut special_to_come = true;
     for run in state.layout.runs() {

@@ -168,11 +168,15 @@ impl Found {
             }
             Item::Domain(domain) => set(&mut self.domain, domain, "libxc streams"),
             Item::Page(entry) => self.take_page(entry),
-            Item::Record(Record::CpuidPolicy(leaves)) => set(&mut self.cpuid_policy, leaves, "CPUID policies"),
+            Item::Record(Record::CpuidPolicy(leaves)) => {
+                set(&mut self.cpuid_policy, leaves, "CPUID policies")
+            }
             Item::Record(Record::MsrPolicy(msrs)) => set(&mut self.msr_policy, msrs, "MSR policies"),
             Item::Record(Record::Tsc(tsc)) => set(&mut self.tsc, tsc, "TSC records"),
             Item::Record(Record::HvmContext(context)) => set(&mut self.hvm_context, context, "HVM contexts"),
-            Item::Record(Record::HvmParams(params)) => set(&mut self.hvm_params, params, "lists of HVM parameters"),
+            Item::Record(Record::HvmParams(params)) => {
+                set(&mut self.hvm_params, params, "lists of HVM parameters")
+            }
             Item::Record(Record::StaticDataEnd) | Item::Skipped { .. } | Item::DomainEnd => Ok(()),
             Item::Record(Record::Checkpoint) | Item::Checkpoint { .. } => {
                 Err(refused("it is the stream of a checkpointed guest, not a saved one"))

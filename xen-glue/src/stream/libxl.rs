@@ -93,9 +93,7 @@ pub(super) fn read_header<R: Read>(input: &mut Input<R>) -> Result<()> {
 
 /// Writes the header.
 pub(super) fn write_header(out: &mut impl Write) -> io::Result<()> {
-    out.write_all(
-        RawHeader { ident: IDENT.into(), version: VERSION.into(), options: 0.into() }.as_bytes(),
-    )
+    out.write_all(RawHeader { ident: IDENT.into(), version: VERSION.into(), options: 0.into() }.as_bytes())
 }
 
 /// Writes a record of either stream.

@@ -22,8 +22,8 @@ impl Order {
         use libxc::*;
         let pv = self.domain.kind == libxc::GuestKind::Pv;
         match kind {
-            X86_PV_INFO | X86_PV_P2M_FRAMES | X86_PV_VCPU_BASIC | X86_PV_VCPU_EXTENDED | X86_PV_VCPU_XSAVE
-            | X86_PV_VCPU_MSRS | SHARED_INFO
+            X86_PV_INFO | X86_PV_P2M_FRAMES | X86_PV_VCPU_BASIC | X86_PV_VCPU_EXTENDED
+            | X86_PV_VCPU_XSAVE | X86_PV_VCPU_MSRS | SHARED_INFO
                 if !pv =>
             {
                 return Err(Fault::Misplaced("only a PV guest has it"))
@@ -37,7 +37,9 @@ impl Order {
             STATIC_DATA_END | X86_CPUID_POLICY | X86_MSR_POLICY if self.static_data_ended => {
                 return Err(Fault::Misplaced("the static data has ended"));
             }
-            TOOLSTACK => return Err(Fault::Misplaced("it is deprecated, no stream of version 2 or 3 has it")),
+            TOOLSTACK => {
+                return Err(Fault::Misplaced("it is deprecated, no stream of version 2 or 3 has it"))
+            }
             CHECKPOINT_DIRTY_PFN_LIST => {
                 return Err(Fault::Misplaced("it goes from a secondary to a primary, never the other way"))
             }

@@ -102,8 +102,9 @@ pub(super) fn parse_entries(list: &[u8], data_bytes: u64) -> Result<Vec<PageEntr
     let pages = entries.iter().filter(|entry| entry.kind.has_data()).count() as u64;
     match pages * engine::units::PAGE_SIZE == data_bytes {
         true => Ok(entries),
-        false => {
-            Err(Fault::Length { found: data_bytes, wanted: "behind its frames, more or fewer than their pages" })
-        }
+        false => Err(Fault::Length {
+            found: data_bytes,
+            wanted: "behind its frames, more or fewer than their pages",
+        }),
     }
 }

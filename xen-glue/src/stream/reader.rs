@@ -216,8 +216,7 @@ impl<R: Read> StreamReader<R> {
         }
         let mut head = [0; 8];
         self.input.fill(&mut head)?;
-        let list_bytes =
-            pages::parse_list(&head, length).map_err(|found| fault(&self.input, found))?;
+        let list_bytes = pages::parse_list(&head, length).map_err(|found| fault(&self.input, found))?;
         let list = self.input.bytes(list_bytes)?;
         let data_bytes = u64::from(length) - 8 - list_bytes;
         let entries = pages::parse_entries(&list, data_bytes).map_err(|found| fault(&self.input, found))?;
