@@ -13,7 +13,7 @@ use control_plane::error::{Kind, Result};
 use control_plane::inputs::Guest;
 use control_plane::machine::{self, Machine};
 use control_plane::qube::Qube;
-use control_plane::savefiles::{self, Prerun, Standing};
+use control_plane::savefiles::{self, Import, Prerun, Standing};
 use control_plane::state::State;
 
 /// Builds, lists, checks and removes the savefiles that disposables are restored from.
@@ -74,6 +74,51 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make a DVM template of a guest saved by `xl save`
+    ///
+    /// FILE is a PVH guest's, saved by Xen 4.14 or later. The guest's disks as they were when it was saved are bound by --disk, each as
+    /// a raw image: xvda becomes the root volume of a TemplateVM of its own, xvdb the private volume, xvdc what is on the volatile one.
+    /// They are copied: FILE and images can go afterwards. That memory and disks belong together, nobody can check.
+    ///
+    /// A launch talks to this project's agent in the guest. A guest that has it, frozen as a build leaves it (one that `export` has
+    /// written), launches as from a built savefile. Any other guest comes to life as well, but only its console can be
+    /// reached: dispvm-launch gives up waiting for its agent.
+    Import {
+        /// The file
+        file: PathBuf,
+        /// DVM template to make
+        #[arg(long = "as", value_name = "DVM")]
+        dvm: String,
+        /// TemplateVM: a new one, or one whose root volume is the guest's disk [default: DVM-template, a new one]
+        #[arg(long, value_name = "NAME")]
+        template: Option<String>,
+        /// A disk of the guest's: root (or xvda), private (xvdb), volatile (xvdc)
+        #[arg(long = "disk", value_name = "NAME=FILE", value_parser = name_and_file)]
+        disks: Vec<(String, PathBuf)>,
+        /// Kernel for cold boots [default: the file that the guest's configuration names]
+        #[arg(long, value_name = "FILE")]
+        kernel: Option<PathBuf>,
+        /// Initrd for cold boots [default: the file that the guest's configuration names]
+        #[arg(long, value_name = "FILE")]
+        initrd: Option<PathBuf>,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a savefile as a file for `xl restore`, with its disks beside it
+    ///
+    /// Makes FILE and FILE.root.img, FILE.private.img, FILE.volatile.img: sparse raw images, base and what the guest had changed in one.
+    /// The file's configuration names them by their full paths, and calls the guest as the DVM template is called. It has no network
+    /// card. Only savefiles made on Xen can be exported.
+    Export {
+        /// DVM template
+        dvm: String,
+        /// The file to make
+        file: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove a savefile; running disposables go on
     Rm {
         /// DVM template
@@ -119,6 +164,21 @@ fn run(options: Options) -> Result<ExitCode> {
             bar.finish();
             report::print_verified(&dvm, &path, json);
         }
+        Command::Import { file, dvm, template, disks, kernel, initrd, json } => {
+            let (template, kernel, initrd) = (template.as_deref(), kernel.as_deref(), initrd.as_deref());
+            let order = Import { file: &file, dvm: &dvm, template, disks: &disks, kernel, initrd };
+            let bar = progress::Bar::new();
+            let imported = savefiles::import(&state, &machine()?, &order, &|progress| bar.show(progress))?;
+            bar.finish();
+            client::changed(&state);
+            report::print_imported(&dvm, &imported, json);
+        }
+        Command::Export { dvm, file, json } => {
+            let bar = progress::Bar::new();
+            let exported = savefiles::export(&state, &dvm, &file, &|progress| bar.show(progress))?;
+            bar.finish();
+            report::print_exported(&dvm, &exported, json);
+        }
         Command::Rm { dvm } => {
             savefiles::remove(&state, &dvm)?;
             client::changed(&state);
@@ -129,6 +189,14 @@ fn run(options: Options) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// NAME=FILE.
+fn name_and_file(text: &str) -> std::result::Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, file)) if !name.is_empty() && !file.is_empty() => Ok((name.into(), file.into())),
+        _ => Err("it should be NAME=FILE".into()),
+    }
 }
 
 fn build(state: &State, dvm: &str, prerun: Option<PathBuf>, json: bool, background: bool) -> Result<()> {

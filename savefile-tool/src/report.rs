@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use control_plane::output::bytes_text;
-use control_plane::savefiles::{Built, Collected, Description, Rebuild, Standing};
+use control_plane::savefiles::{Built, Collected, Description, Exported, Imported, Rebuild, Standing};
 use serde_json::{json, Map, Value};
 
 /// A DVM template in the list.
@@ -99,6 +99,56 @@ pub fn print_verified(dvm: &str, path: &Path, json: bool) {
     } else {
         println!("{dvm}: every byte of {} is as it was written", path.display());
     }
+}
+
+/// What an import has made, and what of the guest will not be as it was.
+pub fn print_imported(dvm: &str, imported: &Imported, json: bool) {
+    let (template, generation) = &imported.template;
+    let (written, config) = (&imported.written, &imported.guest.config);
+    if json {
+        println!(
+            "{}",
+            json!({
+                "name": dvm,
+                "path": imported.path,
+                "root_hash": written.root.to_string(),
+                "template": template,
+                "template_generation": generation,
+                "guest": config.name,
+                "memory_bytes": imported.guest.memory_bytes().0,
+                "vcpus": config.vcpus,
+                "stored_bytes": written.stored_bytes.0,
+                "pages": written.pages.0,
+                "zero_pages": written.zero_pages.0,
+                "notes": imported.notes,
+            })
+        );
+        return;
+    }
+    println!(
+        "{dvm}: {} with {} and {} vCPUs, savefile of {}, on {template} generation {generation}",
+        config.name,
+        bytes_text(imported.guest.memory_bytes().0),
+        config.vcpus,
+        bytes_text(written.stored_bytes.0)
+    );
+    imported.notes.iter().for_each(|note| println!("Note: {note}"));
+}
+
+/// What an export has made.
+pub fn print_exported(dvm: &str, exported: &Exported, json: bool) {
+    if json {
+        let disks: Map<String, Value> =
+            exported.disks.iter().map(|(vdev, path)| (vdev.clone(), json!(path))).collect();
+        println!(
+            "{}",
+            json!({ "name": dvm, "path": exported.file, "stored_bytes": exported.bytes, "disks": disks })
+        );
+        return;
+    }
+    println!("{dvm}: {}, {}", exported.file.display(), bytes_text(exported.bytes));
+    exported.disks.iter().for_each(|(vdev, path)| println!("{vdev}: {}", path.display()));
+    println!("Hint: `xl restore {}`", exported.file.display());
 }
 
 /// How a savefile stands.

@@ -22,3 +22,4 @@ pub mod layout;
 pub mod owner;
 pub mod life;
 pub mod sys;
+pub mod stream;

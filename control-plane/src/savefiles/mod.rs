@@ -20,12 +20,18 @@ use crate::machine::Machine;
 use crate::qube::{self, SavefilePin};
 use crate::state::State;
 
+mod binding;
 mod build;
 mod collect;
+mod export;
+mod import;
+mod raw;
 mod rebuild;
 
 pub use build::{build, Built, Prerun};
 pub use collect::{collect, Collected};
+pub use export::{export, Exported};
+pub use import::{import, Import, Imported};
 pub use rebuild::{is_building, rebuild, rebuild_log, start_collection, start_rebuild, Rebuild};
 
 /// Whether a launch has a savefile to start from.

@@ -14,6 +14,7 @@ pub mod records;
 pub mod savefile;
 pub mod sealed;
 pub mod stream;
+pub mod xl;
 
 pub use savefile::OUTPUT_PAGES_MAX;
 
@@ -43,6 +44,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "host_stream", run: stream::from_host },
     Target { name: "qmp", run: qemu::qmp },
     Target { name: "qcow2", run: qemu::qcow2 },
+    Target { name: "xl_stream", run: xl::stream },
+    Target { name: "xl_config", run: xl::config },
+    Target { name: "xen_device_state", run: xl::device_state },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.

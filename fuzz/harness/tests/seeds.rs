@@ -10,10 +10,16 @@ use std::path::Path;
 
 use common::{Guest, Page};
 use engine::savefile::{ChunkTable, Header, Savefile, SectionKind};
-use engine::units::ByteCount;
+use engine::units::{ByteCount, PageRange};
 use fuzz_harness::sealed::{parse, recipe, seal, Part};
 use qrexec::*;
+use xen_glue::layout::Layout;
+use xen_glue::stream::config::NicConfig;
+use xen_glue::stream::xl_header::ConfigText;
 
+/// Guests saved by xl, with all but two pages taken out.
+const XL_PVH: &[u8] = include_bytes!("../../../xen-glue/tests/fixtures/xl-4.17-pvh.stream");
+const XL_PV: &[u8] = include_bytes!("../../../xen-glue/tests/fixtures/xl-4.17-pv.stream");
 /// qcow2's mark of a cluster with one reference.
 const COPIED: u64 = 1 << 63;
 
@@ -273,4 +279,29 @@ fn write_qemus() {
     keep("qcow2", "data", [&pages[..], &clusters, &l1, &data, &content].concat());
     keep("qcow2", "zeros", [&pages[..], &clusters, &l1, &zero].concat());
     keep("qcow2", "both", [&pages[..], &clusters, &l1, &data, &content, &zero].concat());
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_xen_guests() {
+    for (name, bytes) in [("pvh", XL_PVH), ("pv", XL_PV)] {
+        keep("xl_stream", name, bytes);
+        let length = u32::from_le_bytes(bytes[48..52].try_into().unwrap()) as usize;
+        keep("xl_config", name, &bytes[52..52 + length - 1]);
+    }
+    let guest = xen_glue::stream::import::survey(XL_PVH).unwrap();
+    keep("xen_device_state", "pvh", guest.state.to_bytes());
+    let mut small = guest;
+    (small.state.hvm_context, small.state.cpuid_policy, small.state.msr_policy) =
+        (vec![1; 20], vec![2; 48], vec![3; 32]);
+    small.state.layout = Layout::new(vec![PageRange::new(0, 1), PageRange::new(0x11, 2)]).unwrap();
+    keep("xen_device_state", "small", small.state.to_bytes());
+    small.config.nics.push(NicConfig {
+        devid: 0,
+        mac: Some("00:16:3e:00:00:01".into()),
+        bridge: Some("xenbr0".into()),
+        script: None,
+    });
+    let ConfigText::Json(text) = small.config.to_text() else { unreachable!() };
+    keep("xl_config", "nic", text);
 }
