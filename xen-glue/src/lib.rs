@@ -16,3 +16,6 @@
 pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
+pub mod sys;
+pub mod volumes;
+pub mod xenstore;

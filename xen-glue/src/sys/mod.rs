@@ -1,0 +1,1 @@
+//! What needs `unsafe`: requests to the kernel's devices. No decision is taken here.
