@@ -23,3 +23,6 @@ pub mod owner;
 pub mod life;
 pub mod sys;
 pub mod stream;
+pub mod sys;
+pub mod volumes;
+pub mod xenstore;

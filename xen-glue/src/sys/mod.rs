@@ -21,3 +21,7 @@ unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: u64, argument: *mut T) -> Result
     let answer = unsafe { libc::syscall(libc::SYS_ioctl, fd.as_raw_fd(), request, argument) };
     Errno::result(answer).map(|answer| answer as u64)
 }
+//! What needs `unsafe`: requests to the kernel's devices. No decision is taken here.
+
+pub mod device_mapper;
+pub mod loop_device;
