@@ -3,6 +3,8 @@
 //! Everything here is called with plain values and decides nothing.
 
 pub mod buffer;
+pub mod device_mapper;
+pub mod loop_device;
 pub mod mapping;
 pub mod privcmd;
 
@@ -21,7 +23,3 @@ unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: u64, argument: *mut T) -> Result
     let answer = unsafe { libc::syscall(libc::SYS_ioctl, fd.as_raw_fd(), request, argument) };
     Errno::result(answer).map(|answer| answer as u64)
 }
-//! What needs `unsafe`: requests to the kernel's devices. No decision is taken here.
-
-pub mod device_mapper;
-pub mod loop_device;
