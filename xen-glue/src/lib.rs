@@ -18,4 +18,5 @@ pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
 pub mod life;
+pub mod simulated;
 pub mod sys;
