@@ -21,6 +21,7 @@ pub mod hypercalls;
 pub mod layout;
 pub mod life;
 pub mod owner;
+pub mod simulated;
 pub mod stream;
 pub mod sys;
 pub mod volumes;

@@ -5,13 +5,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use engine::image::scan::is_zero;
-use engine::units::{ByteCount, PageIndex, PageRange, PAGE_BYTES};
+use engine::units::{ByteCount, PageCount, PageIndex, PageRange, PAGE_BYTES};
 use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
 
 use super::restore::{is_special, ring_frames, PARAMS};
-use super::LifeError;
+use super::{LifeError, Shell};
 use crate::device_state::DeviceState;
-use crate::hypercalls::{DomId, FrameKind, Hypercalls, Shutdown};
+use crate::hypercalls::{CallError, DomId, FrameKind, Hypercalls, Shutdown};
 use crate::layout::{Layout, GFN_MAX};
 
 /// Frames asked about, mapped and copied at once: the most that Xen answers in one call.
@@ -100,6 +100,25 @@ fn layout(xen: &dyn Hypercalls, domid: DomId, params: &[(u64, u64)]) -> Result<L
         first += BATCH;
     }
     Layout::new(runs).map_err(|rule| LifeError::BadState(rule.to_owned()))
+}
+
+/// How many of a domain's frames are not all zero. It may be running: what it answers was so at some moment.
+pub fn count_data(shell: &Shell) -> Result<PageCount, LifeError> {
+    let frames = super::shell::frames_of(shell.layout().runs());
+    let mut buffer = vec![0; BATCH as usize * PAGE_BYTES];
+    let mut count = 0;
+    for gfns in frames.chunks(BATCH as usize) {
+        let mapped = match shell.xen().map(shell.domid(), gfns) {
+            Ok(mapped) => mapped,
+            // The guest has handed some of them back: what else is among them is not worth a second look.
+            Err(CallError::Refused { .. }) => continue,
+            Err(error) => return Err(LifeError::call("map its frames to look at them")(error)),
+        };
+        let bytes = &mut buffer[..gfns.len() * PAGE_BYTES];
+        mapped.copy_to(0, bytes);
+        count += bytes.chunks(PAGE_BYTES).filter(|page| !is_zero(page)).count() as u64;
+    }
+    Ok(PageCount(count))
 }
 
 fn memory_file(size: ByteCount) -> io::Result<File> {

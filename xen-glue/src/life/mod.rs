@@ -15,7 +15,7 @@ use std::io;
 
 use engine::units::ByteCount;
 
-pub use capture::{capture, Captured};
+pub use capture::{capture, count_data, Captured};
 pub use fill::fill;
 pub use restore::{finish, restore, shell_plan};
 pub use shell::{Ports, Ring, Rings, Shell, ShellPlan};

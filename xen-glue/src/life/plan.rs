@@ -82,6 +82,11 @@ pub fn needed(layout: &Layout, special: usize, vcpus: u32) -> ByteCount {
     ByteCount(max.0 + paging_pool(max, vcpus).0)
 }
 
+/// The same for a guest of this layout with the usual special pages.
+pub fn needed_for(layout: &Layout, vcpus: u32) -> ByteCount {
+    needed(layout, SPECIAL_COUNT as usize, vcpus)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

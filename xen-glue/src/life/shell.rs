@@ -1,6 +1,7 @@
 //! A domain without content: made, with its vCPUs, its frames and its two rings, paused.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use engine::units::PageRange;
 use nix::errno::Errno;
@@ -75,11 +76,13 @@ pub struct Ring {
 pub struct Shell {
     xen: Arc<dyn Hypercalls>,
     domid: DomId,
+    uuid: Uuid,
     vcpus: u32,
     layout: Layout,
     store: Ring,
     console: Ring,
     fresh_is_zero: bool,
+    ended: bool,
 }
 
 impl Shell {
@@ -96,11 +99,13 @@ impl Shell {
         let mut shell = Shell {
             xen: xen.clone(),
             domid,
+            uuid: plan.uuid,
             vcpus: plan.vcpus,
             layout: plan.layout.clone(),
             store: ring(plan.rings.store, remotes.store_domid),
             console: ring(plan.rings.console, remotes.console_domid),
             fresh_is_zero: false,
+            ended: false,
         };
         shell.set_up(plan, special.len())?;
         shell.populate(&special)?;
@@ -186,6 +191,11 @@ impl Shell {
         self.domid
     }
 
+    /// Its handle.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
     /// How many vCPUs it has.
     pub fn vcpus(&self) -> u32 {
         self.vcpus
@@ -211,17 +221,35 @@ impl Shell {
         self.fresh_is_zero
     }
 
+    /// When it was there with its vCPUs and limits, before its frames.
+    pub fn created_at(&self) -> Instant {
+        self.created
+    }
+
     /// Destroys it; returns when it is gone, or only mappings of others keep it.
-    pub fn destroy(self) -> Result<(), LifeError> {
-        let (xen, domid) = (self.xen.clone(), self.domid);
-        std::mem::forget(self);
-        xen.destroy(domid).map_err(LifeError::call("destroy it"))
+    pub fn destroy(mut self) -> Result<(), LifeError> {
+        self.end().map_err(LifeError::call("destroy it"))
+    }
+
+    /// Destroys it, once. Somebody else may have done so before, and another domain may have its number since: it has the
+    /// number that it was made with, but not the handle.
+    fn end(&mut self) -> Result<(), CallError> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
+        if let Ok(None) = self.xen.info(self.domid).map(|info| info.filter(|info| info.uuid == self.uuid)) {
+            return Ok(());
+        }
+        match self.xen.destroy(self.domid) {
+            Err(CallError::Refused { errno: Errno::ESRCH, .. }) => Ok(()),
+            other => other,
+        }
     }
 }
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        if let Err(error) = self.xen.destroy(self.domid) {
+        if let Err(error) = self.end() {
             tracing::error!(domid = self.domid.0, %error, "a domain is left behind");
         }
     }
