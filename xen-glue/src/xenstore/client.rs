@@ -18,215 +18,16 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
-use super::wire::{path_and_value, strings, words, Event, Message, Op, Perm, WireError};
+use super::nodes::{
+    absent_is_none, Nodes, Request, Result, XenstoreError, DEVICE, SOCKETS, TRANSACTION_TRIES,
+};
+use super::wire::{strings, Event, Message, Op, WireError};
 use crate::hypercalls::DomId;
 
-const SOCKETS: [&str; 2] = ["/run/xenstored/socket", "/var/run/xenstored/socket"];
-const DEVICE: &str = "/dev/xen/xenbus";
 /// Requests sent before the first answer is read. An answer is at most 4 KiB; so many fit into a socket's buffer.
 const FLIGHT_MAX: usize = 32;
 /// A xenstored that says nothing for so long is taken for dead.
 const REPLY_LIMIT: Duration = Duration::from_secs(30);
-/// How often a transaction is tried: each failure means that somebody else's succeeded.
-const TRANSACTION_TRIES: u32 = 100;
-
-/// What went wrong.
-#[derive(Debug, thiserror::Error)]
-pub enum XenstoreError {
-    /// Xenstored said no.
-    #[error("cannot {op} {path} in xenstore: {errno}")]
-    Refused {
-        /// What it was asked.
-        op: Op,
-        /// Of which node, or domain.
-        path: String,
-        /// Why not.
-        errno: Errno,
-    },
-    /// The connection failed.
-    #[error("cannot {op} {path} in xenstore")]
-    Io {
-        /// What was asked.
-        op: Op,
-        /// Of which node, or domain.
-        path: String,
-        /// The system's error.
-        source: io::Error,
-    },
-    /// It cannot be said, or the answer makes no sense.
-    #[error("cannot {op} {path} in xenstore")]
-    Wire {
-        /// What was asked.
-        op: Op,
-        /// Of which node, or domain.
-        path: String,
-        /// What is wrong with it.
-        source: WireError,
-    },
-    /// There is no xenstored.
-    #[error("no xenstored answers at {} or {DEVICE}. Hint: this must be a Xen dom0, as root", SOCKETS[0])]
-    Absent(#[source] io::Error),
-    /// A transaction never went through.
-    #[error("a xenstore transaction to {what} failed {TRANSACTION_TRIES} times against others")]
-    Contended {
-        /// What it was to do.
-        what: &'static str,
-    },
-    /// A node did not become what was waited for.
-    #[error("{path} in xenstore: not {wanted} after {} s", limit.as_secs_f32())]
-    Timeout {
-        /// The node.
-        path: String,
-        /// What it was to become.
-        wanted: &'static str,
-        /// How long it was waited for.
-        limit: Duration,
-    },
-}
-
-impl XenstoreError {
-    /// Whether xenstored refused with this.
-    pub fn is(&self, wanted: Errno) -> bool {
-        matches!(self, XenstoreError::Refused { errno, .. } if *errno == wanted)
-    }
-}
-
-/// The result of a request.
-pub type Result<T> = std::result::Result<T, XenstoreError>;
-
-/// A node as it shall be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Node {
-    /// Where.
-    pub path: String,
-    /// What it says.
-    pub value: String,
-    /// Who may do what; empty: the same as with its parent.
-    pub perms: Vec<Perm>,
-}
-
-impl Node {
-    /// A node with its parent's permissions.
-    pub fn new(path: impl Into<String>, value: impl ToString) -> Node {
-        Node { path: path.into(), value: value.to_string(), perms: Vec::new() }
-    }
-
-    /// The same with permissions of its own, which nodes made below it inherit.
-    pub fn with(self, perms: &[Perm]) -> Node {
-        Node { perms: perms.to_vec(), ..self }
-    }
-}
-
-/// A request before it has a number.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
-    op: Op,
-    path: String,
-    payload: std::result::Result<Vec<u8>, WireError>,
-}
-
-impl Request {
-    fn of_path(op: Op, path: &str) -> Request {
-        Request { op, path: path.to_owned(), payload: words([path]) }
-    }
-    fn write(path: &str, value: &str) -> Request {
-        Request { op: Op::Write, path: path.to_owned(), payload: path_and_value(path, value.as_bytes()) }
-    }
-    fn perms(path: &str, perms: &[Perm]) -> Request {
-        let perms: Vec<String> = perms.iter().map(Perm::to_string).collect();
-        let payload = words(std::iter::once(path).chain(perms.iter().map(String::as_str)));
-        Request { op: Op::SetPerms, path: path.to_owned(), payload }
-    }
-    fn of_words(op: Op, path: &str, said: &[&str]) -> Request {
-        Request { op, path: path.to_owned(), payload: words(said.iter().copied()) }
-    }
-    fn refused(&self, errno: Errno) -> XenstoreError {
-        XenstoreError::Refused { op: self.op, path: self.path.clone(), errno }
-    }
-    fn io(&self, source: io::Error) -> XenstoreError {
-        XenstoreError::Io { op: self.op, path: self.path.clone(), source }
-    }
-    fn wire(&self, source: WireError) -> XenstoreError {
-        XenstoreError::Wire { op: self.op, path: self.path.clone(), source }
-    }
-}
-
-/// What can be done with nodes, in a transaction or outside any.
-pub trait Nodes {
-    /// Sends requests and reads the answers, in the same order. The outer error is the connection's.
-    fn ask(&self, requests: &[Request]) -> Result<Vec<Result<Vec<u8>>>>;
-
-    /// Sends one request.
-    fn ask_one(&self, request: Request) -> Result<Vec<u8>> {
-        let mut answers = self.ask(std::slice::from_ref(&request))?;
-        answers.pop().unwrap_or_else(|| Err(request.wire(WireError::Malformed("answer"))))
-    }
-
-    /// A node's value; `None` where there is no such node. What is not UTF-8 is replaced: a guest may have written it.
-    fn read(&self, path: &str) -> Result<Option<String>> {
-        let value = absent_is_none(self.ask_one(Request::of_path(Op::Read, path)))?;
-        Ok(value.map(|value| String::from_utf8_lossy(&value).into_owned()))
-    }
-
-    /// Writes a node, and makes those above it as needed.
-    fn write(&self, path: &str, value: &str) -> Result<()> {
-        self.ask_one(Request::write(path, value)).map(drop)
-    }
-
-    /// Makes an empty node, unless it is there.
-    fn mkdir(&self, path: &str) -> Result<()> {
-        self.ask_one(Request::of_path(Op::Mkdir, path)).map(drop)
-    }
-
-    /// Removes a node and those below it; there need not be any.
-    fn rm(&self, path: &str) -> Result<()> {
-        absent_is_none(self.ask_one(Request::of_path(Op::Rm, path))).map(drop)
-    }
-
-    /// Removes several.
-    fn rm_all(&self, paths: &[String]) -> Result<()> {
-        let requests: Vec<Request> = paths.iter().map(|path| Request::of_path(Op::Rm, path)).collect();
-        self.ask(&requests)?.into_iter().try_for_each(|answer| absent_is_none(answer).map(drop))
-    }
-
-    /// The names of a node's children; none where there is no such node.
-    fn list(&self, path: &str) -> Result<Vec<String>> {
-        let request = Request::of_path(Op::Directory, path);
-        let names = absent_is_none(self.ask_one(request.clone()))?.unwrap_or_default();
-        strings(&names).map_err(|err| request.wire(err))
-    }
-
-    /// Who may do what with a node.
-    fn perms(&self, path: &str) -> Result<Vec<Perm>> {
-        let request = Request::of_path(Op::GetPerms, path);
-        let perms = strings(&self.ask_one(request.clone())?).map_err(|err| request.wire(err))?;
-        perms.iter().map(|perm| Perm::parse(perm).map_err(|err| request.wire(err))).collect()
-    }
-
-    /// Says who may do what with a node.
-    fn set_perms(&self, path: &str, perms: &[Perm]) -> Result<()> {
-        self.ask_one(Request::perms(path, perms)).map(drop)
-    }
-
-    /// Writes nodes with their permissions, in this order. The first error is the result; those after it may be written.
-    fn write_all(&self, nodes: &[Node]) -> Result<()> {
-        let mut requests = Vec::with_capacity(nodes.len());
-        for node in nodes {
-            requests.push(Request::write(&node.path, &node.value));
-            if !node.perms.is_empty() {
-                requests.push(Request::perms(&node.path, &node.perms));
-            }
-        }
-        self.ask(&requests)?.into_iter().try_for_each(|answer| answer.map(drop))
-    }
-}
-
-fn absent_is_none(answer: Result<Vec<u8>>) -> Result<Option<Vec<u8>>> {
-    match answer {
-        Err(err) if err.is(Errno::ENOENT) => Ok(None),
-        answer => answer.map(Some),
-    }
-}
 
 /// A connection to xenstored. Threads may share it; they wait for each other.
 #[derive(Debug)]
@@ -329,9 +130,7 @@ impl Xenstore {
         let mut state = self.lock();
         while state.events.is_empty() && self.readable(Duration::ZERO).map_err(|err| request.io(err))? {
             self.fill(&mut state, &request)?;
-            while let Some(message) = self.buffered(&mut state, &request)? {
-                state.queue(message, &request)?;
-            }
+            self.queue_events(&mut state, &request)?;
         }
         Ok(state.events.pop_front())
     }
@@ -383,9 +182,7 @@ impl Xenstore {
                 return Ok(false);
             }
             self.fill(&mut state, &request)?;
-            while let Some(message) = self.buffered(&mut state, &request)? {
-                state.queue(message, &request)?;
-            }
+            self.queue_events(&mut state, &request)?;
         }
     }
 
@@ -415,6 +212,7 @@ impl Xenstore {
             for (at, request) in (0u32..).zip(flight) {
                 answers.push(self.answer(&mut state, request, first.wrapping_add(at))?);
             }
+            self.queue_events(&mut state, head)?;
             state.broken = false;
         }
         Ok(answers)
@@ -436,6 +234,14 @@ impl Xenstore {
                 None => return Err(request.io(io::ErrorKind::TimedOut.into())),
             }
         }
+    }
+
+    /// Whoever lets go of the lock has no whole message unread: the stream would not be readable for it any more.
+    fn queue_events(&self, state: &mut State, request: &Request) -> Result<()> {
+        while let Some(message) = self.buffered(state, request)? {
+            state.queue(message, request)?;
+        }
+        Ok(())
     }
 
     fn buffered(&self, state: &mut State, request: &Request) -> Result<Option<Message>> {
@@ -513,140 +319,4 @@ impl Nodes for Transaction<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-    use std::thread;
-
-    use super::super::simulated::Simulated;
-    use super::super::wire::Access;
-    use super::*;
-
-    #[test]
-    fn nodes_are_written_read_listed_and_removed() {
-        let simulated = Simulated::new();
-        let store = simulated.connect();
-        let nodes: Vec<Node> = (0..100).map(|n| Node::new(format!("/a/b/{n}"), n)).collect();
-        store.write_all(&nodes).unwrap();
-        assert_eq!(store.read("/a/b/77").unwrap().as_deref(), Some("77"));
-        assert_eq!(store.list("/a/b").unwrap().len(), 100);
-        store.set_perms("/a/b", &[Perm::new(0, Access::None), Perm::new(7, Access::Read)]).unwrap();
-        assert_eq!(store.perms("/a/b").unwrap().len(), 2);
-        store.rm("/a").unwrap();
-        store.rm("/a/b").unwrap();
-        assert_eq!(store.read("/a/b/77").unwrap(), None);
-        assert_eq!(store.list("/a").unwrap(), Vec::<String>::new());
-        let refused = store.set_perms("/gone", &[]).unwrap_err();
-        assert_eq!(refused.to_string(), "cannot set the permissions of /gone in xenstore: ENOENT: No such file or directory");
-    }
-
-    #[test]
-    fn a_transaction_is_tried_again_and_not_for_ever() {
-        let simulated = Simulated::new();
-        let store = simulated.connect();
-        simulated.fail_commits(3);
-        let mut runs = 0;
-        let count = |runs: &mut u32| {
-            store.transaction("count", |tx| {
-                *runs += 1;
-                tx.write("/count", &runs.to_string())
-            })
-        };
-        count(&mut runs).unwrap();
-        assert_eq!((runs, simulated.get("/count").as_deref()), (4, Some("4")));
-        simulated.fail_commits(u32::MAX);
-        assert!(matches!(count(&mut runs), Err(XenstoreError::Contended { what: "count" })));
-        assert_eq!(simulated.get("/count").as_deref(), Some("4"));
-    }
-
-    #[test]
-    fn an_error_in_a_transaction_undoes_it() {
-        let simulated = Simulated::new();
-        let store = simulated.connect();
-        let result: Result<()> = store.transaction("fail", |tx| {
-            tx.write("/half", "done")?;
-            tx.perms("/absent").map(drop)
-        });
-        assert!(result.unwrap_err().is(Errno::ENOENT));
-        assert_eq!(simulated.get("/half"), None);
-    }
-
-    #[test]
-    fn a_failure_at_any_request_is_an_error_and_the_connection_goes_on() {
-        for at in 0..4 {
-            let simulated = Simulated::new();
-            let store = simulated.connect();
-            simulated.fail_at(at, Errno::EIO);
-            let nodes: Vec<Node> = (0..4).map(|n| Node::new(format!("/n/{n}"), n)).collect();
-            assert!(store.write_all(&nodes).unwrap_err().is(Errno::EIO));
-            store.write("/after", "1").unwrap();
-            assert_eq!(simulated.get("/after").as_deref(), Some("1"));
-        }
-    }
-
-    #[test]
-    fn waiting_ends_with_the_value_or_the_time() {
-        let simulated = Simulated::new();
-        let store = Arc::new(simulated.connect());
-        store.watch("/other", "mine").unwrap();
-        let late = simulated.clone();
-        let writer = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(20));
-            late.set("/other/x", "1");
-            late.set("/state", "4");
-        });
-        let limit = Duration::from_secs(10);
-        let state = store.wait_for("/state", "4", limit, |value| (value == Some("4")).then_some(4)).unwrap();
-        assert_eq!(state, 4);
-        writer.join().unwrap();
-        // What came for others meanwhile is still there: the first event of a watch and the change.
-        let paths: Vec<String> =
-            std::iter::from_fn(|| store.next_event().unwrap()).map(|event| event.path).collect();
-        assert_eq!(paths, ["/other", "/other/x"]);
-        let limit = Duration::from_millis(30);
-        let late = store.wait_for("/state", "5", limit, |value| (value == Some("5")).then_some(()));
-        assert!(matches!(late, Err(XenstoreError::Timeout { wanted: "5", .. })));
-    }
-
-    #[test]
-    fn threads_share_a_connection() {
-        let simulated = Simulated::new();
-        let store = simulated.connect();
-        thread::scope(|scope| {
-            for thread in 0..4 {
-                let store = &store;
-                scope.spawn(move || {
-                    for n in 0..50 {
-                        let path = format!("/t/{thread}/{n}");
-                        store.write(&path, &path).unwrap();
-                        assert_eq!(store.read(&path).unwrap(), Some(path));
-                    }
-                });
-            }
-        });
-    }
-
-    #[test]
-    fn a_connection_that_answers_nonsense_is_given_up() {
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let store = Xenstore::over(ours);
-        theirs.write_all(&[0xff; 64]).unwrap();
-        assert!(matches!(store.read("/a"), Err(XenstoreError::Wire { .. })));
-        assert!(matches!(store.read("/a"), Err(XenstoreError::Io { .. })));
-    }
-
-    #[test]
-    fn guests_are_bound_by_permissions() {
-        let simulated = Simulated::new();
-        let dom0 = simulated.connect();
-        let guest = simulated.connect_as(DomId(7));
-        let readable = [Perm::new(0, Access::None), Perm::new(7, Access::Read)];
-        let home = Node::new("/local/domain/7", "").with(&readable);
-        let data = Node::new("/local/domain/7/data", "").with(&[Perm::new(7, Access::None)]);
-        dom0.write_all(&[home, Node::new("/local/domain/7/name", "g"), data]).unwrap();
-        assert_eq!(guest.read("name").unwrap().as_deref(), Some("g"));
-        assert!(guest.write("name", "other").unwrap_err().is(Errno::EACCES));
-        assert!(guest.read("/local/domain/0/domid").unwrap_err().is(Errno::EACCES));
-        guest.write("data/x", "1").unwrap();
-        assert_eq!(dom0.read("/local/domain/7/data/x").unwrap().as_deref(), Some("1"));
-    }
-}
+mod tests;

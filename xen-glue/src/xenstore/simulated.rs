@@ -56,6 +56,9 @@ struct Snapshot {
 #[derive(Debug)]
 struct Watch {
     connection: u32,
+    /// What it was set with: a guest's may be relative to its home, and so are its events then.
+    said: String,
+    /// The same, absolute.
     path: String,
     token: String,
     to: UnixStream,
@@ -207,7 +210,8 @@ impl Shared {
             Op::Watch => {
                 let token = strings(rest).map_err(|_| Errno::EINVAL)?.pop().ok_or(Errno::EINVAL)?;
                 let to = stream.try_clone().map_err(|_| Errno::ENOMEM)?;
-                let watch = Watch { connection: peer.connection, path: first.to_owned(), token, to };
+                let path = if first.starts_with('@') { first.to_owned() } else { absolute(first, peer)? };
+                let watch = Watch { connection: peer.connection, said: first.to_owned(), path, token, to };
                 if self.watches.iter().any(|known| known.is(peer, first, &watch.token)) {
                     return Err(Errno::EEXIST);
                 }
@@ -218,13 +222,18 @@ impl Shared {
                 let token = strings(rest).map_err(|_| Errno::EINVAL)?.pop().ok_or(Errno::EINVAL)?;
                 let before = self.watches.len();
                 self.watches.retain(|watch| !watch.is(peer, first, &token));
-                if self.watches.len() < before { ok() } else { Err(Errno::ENOENT) }
+                if self.watches.len() < before {
+                    ok()
+                } else {
+                    Err(Errno::ENOENT)
+                }
             }
             Op::Introduce | Op::Release | Op::Resume if peer.domid != 0 => Err(Errno::EACCES),
             Op::Introduce => {
                 let numbers = strings(rest).map_err(|_| Errno::EINVAL)?;
                 let [gfn, port] = numbers.as_slice() else { return Err(Errno::EINVAL) };
-                let ring = (gfn.parse().map_err(|_| Errno::EINVAL)?, port.parse().map_err(|_| Errno::EINVAL)?);
+                let ring =
+                    (gfn.parse().map_err(|_| Errno::EINVAL)?, port.parse().map_err(|_| Errno::EINVAL)?);
                 self.introduced.insert(domid(first)?, ring);
                 self.fire(&[Touched { path: "@introduceDomain".to_owned(), removed: false }]);
                 ok()
@@ -309,11 +318,12 @@ impl Shared {
 
 impl Watch {
     fn is(&self, peer: Peer, path: &str, token: &str) -> bool {
-        self.connection == peer.connection && self.path == path && self.token == token
+        self.connection == peer.connection && self.said == path && self.token == token
     }
 
     fn fire(&self, path: &str) {
-        let payload = words([path, &self.token]).unwrap_or_default();
+        let home = self.path.len() - self.said.len();
+        let payload = words([path.get(home..).unwrap_or(path), &self.token]).unwrap_or_default();
         send(&self.to, &Message { op: Op::WatchEvent, request: 0, transaction: 0, payload });
     }
 }
@@ -369,7 +379,8 @@ fn operate(
             let perms: Result<Vec<Perm>, _> = list.iter().map(|perm| Perm::parse(perm)).collect();
             let perms = perms.map_err(|_| Errno::EINVAL)?;
             match perms.first() {
-                Some(first) if peer.domid == 0 || Some(first.domid) == owner && owner == Some(peer.domid) => {}
+                Some(first) if peer.domid == 0 || Some(first.domid) == owner && owner == Some(peer.domid) => {
+                }
                 _ => return Err(Errno::EACCES),
             }
             if let Some(node) = tree.get_mut(path) {
@@ -434,7 +445,11 @@ fn absolute(path: &str, peer: Peer) -> Result<String, Errno> {
         || path.contains("//")
         || path.len() > 1 && path.ends_with('/')
         || !path.bytes().all(allowed);
-    if bad { Err(Errno::EINVAL) } else { Ok(path) }
+    if bad {
+        Err(Errno::EINVAL)
+    } else {
+        Ok(path)
+    }
 }
 
 fn domid(text: &str) -> Result<DomId, Errno> {

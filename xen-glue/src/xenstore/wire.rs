@@ -124,17 +124,15 @@ impl Message {
     /// The first message in `bytes` and how many bytes it took; `None` while it is not complete.
     pub fn parse(bytes: &[u8]) -> Result<Option<(Message, usize)>, WireError> {
         let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return Ok(None) };
-        let field = |at: usize| {
-            header[at * 4..].first_chunk::<4>().map_or(0, |field| u32::from_le_bytes(*field))
-        };
+        let field =
+            |at: usize| header[at * 4..].first_chunk::<4>().map_or(0, |field| u32::from_le_bytes(*field));
         let length = field(3) as usize;
         if length > PAYLOAD_MAX {
             return Err(WireError::TooLong(length));
         }
         let op = Op::from_number(field(0)).ok_or(WireError::UnknownType(field(0)))?;
         Ok(rest.get(..length).map(|payload| {
-            let message =
-                Message { op, request: field(1), transaction: field(2), payload: payload.to_vec() };
+            let message = Message { op, request: field(1), transaction: field(2), payload: payload.to_vec() };
             (message, HEADER_BYTES + length)
         }))
     }
@@ -230,7 +228,8 @@ impl Perm {
 
 impl fmt::Display for Perm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let letter = ACCESS.iter().find(|(access, _)| *access == self.access).map_or('n', |(_, letter)| *letter);
+        let letter =
+            ACCESS.iter().find(|(access, _)| *access == self.access).map_or('n', |(_, letter)| *letter);
         write!(f, "{letter}{}", self.domid)
     }
 }
@@ -287,9 +286,8 @@ mod tests {
 
     fn message() -> impl Strategy<Value = Message> {
         let op = proptest::sample::select(OPS.map(|(op, ..)| op).to_vec());
-        (op, any::<u32>(), any::<u32>(), proptest::collection::vec(any::<u8>(), 0..200)).prop_map(
-            |(op, request, transaction, payload)| Message { op, request, transaction, payload },
-        )
+        (op, any::<u32>(), any::<u32>(), proptest::collection::vec(any::<u8>(), 0..200))
+            .prop_map(|(op, request, transaction, payload)| Message { op, request, transaction, payload })
     }
 
     proptest! {
@@ -323,7 +321,8 @@ mod tests {
 
     #[test]
     fn a_length_beyond_the_limit_is_refused_before_its_bytes_come() {
-        let mut header = Message { op: Op::Read, request: 1, transaction: 0, payload: Vec::new() }.to_bytes().unwrap();
+        let mut header =
+            Message { op: Op::Read, request: 1, transaction: 0, payload: Vec::new() }.to_bytes().unwrap();
         header[12..16].copy_from_slice(&4097u32.to_le_bytes());
         assert_eq!(Message::parse(&header), Err(WireError::TooLong(4097)));
         let long = Message { op: Op::Write, request: 1, transaction: 0, payload: vec![0; 4097] };
