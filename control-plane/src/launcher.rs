@@ -115,6 +115,9 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     machine::forbid_core_dump()?;
     let mut launched = launch(state, machine, request, say, &mut timeline)?;
     let ending = converse(&mut launched, &mut timeline);
+    if let Held::Here { domain, .. } = &mut launched.held {
+        timeline.weave(domain.steps());
+    }
     let Launched { number, host, generation, link, held } = launched;
     drop(link);
     let spare = matches!(held, Held::Kept { .. });
@@ -205,7 +208,7 @@ fn make(
     let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
-    machine::check_memory(machine, &guest.spec, &confinement)?;
+    machine::check_memory(state, machine, &guest.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 

@@ -8,6 +8,8 @@ use engine::units::ByteCount;
 use nix::sys::resource::{setrlimit, Resource};
 use qemu_glue::host::QemuHost;
 use qemu_glue::probe::{self, ProbeError, Qemu};
+use xen_glue::host::XenHost;
+use xen_glue::owner::Owner;
 
 use crate::agent_link::Limits;
 use crate::clones;
@@ -30,7 +32,7 @@ pub trait Machine: Send + Sync {
     fn sweep(&self, state: &State, is_kept: &dyn Fn(u32) -> bool) -> Result<()>;
 
     /// What a clone may come to take of the machine's memory, and what there is.
-    fn budget(&self, spec: &GuestSpec, confinement: &Confinement) -> Budget;
+    fn budget(&self, state: &State, spec: &GuestSpec, confinement: &Confinement) -> Budget;
 
     /// How much each of a clone's volumes may write to memory.
     fn volume_memory_max(&self) -> ByteCount;
@@ -87,6 +89,9 @@ pub struct ThisMachine {
 
 impl Machine for ThisMachine {
     fn host(&self, state: &State, kernel: &Path) -> Result<Box<dyn Host>> {
+        if let Some(xen) = xen(state)? {
+            return Ok(Box::new(xen));
+        }
         let program = self.qemu.clone().or_else(|| probe::in_path(&self.path));
         let program = program.ok_or_else(|| {
             Error::new(Kind::Failed, "QEMU is not there").hint(
@@ -100,12 +105,26 @@ impl Machine for ThisMachine {
         Ok(Box::new(QemuHost::new(qemu)))
     }
 
-    fn sweep(&self, _state: &State, _is_kept: &dyn Fn(u32) -> bool) -> Result<()> {
-        Ok(())
+    fn sweep(&self, state: &State, is_kept: &dyn Fn(u32) -> bool) -> Result<()> {
+        match xen(state)? {
+            Some(xen) => {
+                xen.sweep(is_kept).map(drop).map_err(Error::failed("end what is left of dead clones"))
+            }
+            // A process of QEMU's ends with its keeper.
+            None => Ok(()),
+        }
     }
 
-    fn budget(&self, spec: &GuestSpec, confinement: &Confinement) -> Budget {
-        Budget { available: memory_available(), ..Budget::of_processes(spec, confinement) }
+    fn budget(&self, state: &State, spec: &GuestSpec, confinement: &Confinement) -> Budget {
+        match xen(state) {
+            Ok(Some(xen)) => Budget {
+                one: XenHost::memory_needed(spec).0,
+                available: xen.memory_free().ok().map(|free| free.0),
+                reserve: 0,
+                advice: "shut down other qubes, give the DVM template less memory, or have dom0 give some back (`xl mem-set 0 …`)",
+            },
+            _ => Budget { available: memory_available(), ..Budget::of_processes(spec, confinement) },
+        }
     }
 
     fn volume_memory_max(&self) -> ByteCount {
@@ -119,6 +138,15 @@ impl Machine for ThisMachine {
     fn agent_limits(&self) -> Limits {
         Limits::default()
     }
+}
+
+/// The Xen under us, if this is dom0.
+fn xen(state: &State) -> Result<Option<XenHost>> {
+    XenHost::open(Owner::of(state.root())).map_err(|error| {
+        Error::new(Kind::Failed, "Xen cannot be used")
+            .because(error)
+            .hint("`dispvm-savefile doctor` looks what is wrong")
+    })
 }
 
 /// Bytes a new process could take without anything being swapped out; `None` where nobody knows.
@@ -157,8 +185,13 @@ pub fn sweep(state: &State, machine: &dyn Machine) -> Result<()> {
 
 /// Refuses a clone for which there would not be enough memory if it took all it may: the host's OOM killer shall never
 /// have to choose.
-pub fn check_memory(machine: &dyn Machine, spec: &GuestSpec, confinement: &Confinement) -> Result<()> {
-    let budget = machine.budget(spec, confinement);
+pub fn check_memory(
+    state: &State,
+    machine: &dyn Machine,
+    spec: &GuestSpec,
+    confinement: &Confinement,
+) -> Result<()> {
+    let budget = machine.budget(state, spec, confinement);
     let needed = budget.needed_for(1);
     match budget.available {
         Some(available) if available < needed => Err(Error::new(

@@ -83,7 +83,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     let host = machine.host(state, &subject.spec.kernel)?;
     let written = subject.copy_kept_volume(state, &name)?;
     let confinement = machine::confinement(state, machine, lease.number());
-    machine::check_memory(machine, &subject.spec, &confinement)?;
+    machine::check_memory(state, machine, &subject.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
 
     let stays = format!(

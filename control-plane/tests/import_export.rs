@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use control_plane::agent_link::Limits;
 use control_plane::error::{Kind, Result};
 use control_plane::inputs::{self, Guest};
-use control_plane::machine::Machine;
+use control_plane::machine::{Budget, Machine};
 use control_plane::qube::{self, Qube, SavefilePin};
 use control_plane::savefiles::{self, Import, Standing};
 use control_plane::state::State;
@@ -39,8 +39,12 @@ impl Machine for OnlyFacts {
         let facts = HostFacts { kind: self.0.into(), version, machine, cpu_model, accel: "pvh".into() };
         Ok(Box::new(NoGuests(facts)))
     }
-    fn memory_available(&self) -> Option<u64> {
-        None
+    fn sweep(&self, _: &State, _: &dyn Fn(u32) -> bool) -> Result<(), control_plane::error::Error> {
+        Ok(())
+    }
+
+    fn budget(&self, _: &State, spec: &GuestSpec, confinement: &Confinement) -> Budget {
+        Budget::of_processes(spec, confinement)
     }
     fn volume_memory_max(&self) -> ByteCount {
         ByteCount(MIB)

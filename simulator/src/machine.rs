@@ -46,7 +46,7 @@ impl Machine for SimMachine {
         Ok(())
     }
 
-    fn budget(&self, spec: &GuestSpec, confinement: &Confinement) -> Budget {
+    fn budget(&self, _state: &State, spec: &GuestSpec, confinement: &Confinement) -> Budget {
         let available = match self.context.steps.at(StepKind::Machine, "machine.budget") {
             None => 1 << 40,
             Some(_) => 1 << 20,

@@ -39,6 +39,21 @@ impl fmt::Display for Uuid {
     }
 }
 
+impl Uuid {
+    /// From the text xenstore has; `None` where it is none.
+    pub fn parse(text: &str) -> Option<Uuid> {
+        let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
+        if text.len() != 36 || digits.len() != 32 {
+            return None;
+        }
+        let mut bytes = [0; 16];
+        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+            *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
+        }
+        Some(Uuid(bytes))
+    }
+}
+
 /// A hypercall that did not do what it was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
@@ -292,4 +307,24 @@ pub trait Hypercalls: Send + Sync {
     fn alloc_port(&self, domid: DomId, remote: DomId) -> Result<u32>;
     /// Lets `frame`s be mapped by their `domid`s: the first entries of the domain's grant table (XENMEM_acquire_resource).
     fn seed_grants(&self, domid: DomId, entries: &[(u32, DomId, u64)]) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_read_as_it_is_written() {
+        let uuid = Uuid(*b"\x00\x01\x02\x03\x04\x05\x86\x07\x88\x09\x0a\x0b\x0c\x0d\xee\xff");
+        assert_eq!(uuid.to_string(), "00010203-0405-8607-8809-0a0b0c0deeff");
+        assert_eq!(Uuid::parse(&uuid.to_string()), Some(uuid));
+        for bad in [
+            "",
+            "00010203-0405-8607-8809-0a0b0c0deef",
+            "00010203-0405-8607-8809-0a0b0c0deefg",
+            "+1010203-0405-8607-8809-0a0b0c0deeff",
+        ] {
+            assert_eq!(Uuid::parse(bad), None, "{bad}");
+        }
+    }
 }

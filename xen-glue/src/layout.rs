@@ -21,6 +21,8 @@ pub const SPECIAL_COUNT: u64 = 8;
 pub const STORE_GFN: u64 = SPECIAL_FIRST + 1;
 /// The console ring: `special_pfn(SPECIALPAGE_CONSOLE)`.
 pub const CONSOLE_GFN: u64 = SPECIAL_FIRST + 4;
+/// The identity page table: `special_pfn(SPECIALPAGE_IDENT_PT)`.
+pub const IDENTITY_GFN: u64 = SPECIAL_FIRST + 6;
 
 /// Which frames a guest has, in the order in which the memory image has them.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,14 +15,20 @@
 
 mod abi;
 pub mod boot;
+pub mod channel;
 pub mod device_state;
 pub mod doctor;
+pub mod domain;
+mod error;
+pub mod host;
 pub mod hypercalls;
 pub mod layout;
 pub mod life;
 pub mod owner;
 pub mod simulated;
+mod steps;
 pub mod stream;
+mod sweep;
 pub mod sys;
 pub mod volumes;
 pub mod xenstore;

@@ -125,7 +125,7 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
     drop(in_use);
     let confinement =
         Confinement { background: true, ..machine::confinement(state, machine, lease.number()) };
-    machine::check_memory(machine, &guest.spec, &confinement)?;
+    machine::check_memory(state, machine, &guest.spec, &confinement)?;
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     let connect = |pipe| AgentLink::new(pipe).limited(machine.agent_limits());
     let clone =

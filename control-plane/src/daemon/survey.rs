@@ -138,7 +138,7 @@ impl Daemon<'_> {
 
 fn memory(state: &State, machine: &dyn Machine, guest: &Guest) -> Memory {
     let Some(number) = engine::identity::CloneNumber::new(0) else { return Memory::Enough };
-    let budget = machine.budget(&guest.spec, &machine::confinement(state, machine, number));
+    let budget = machine.budget(state, &guest.spec, &machine::confinement(state, machine, number));
     match budget.available {
         Some(available) if available < budget.needed_for(1) => Memory::Short,
         Some(available) if available < budget.needed_for(2) => Memory::Enough,

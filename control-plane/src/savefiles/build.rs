@@ -79,7 +79,7 @@ pub fn build(
     let lease = Lease::take(state, dvm, "", template, Keeping::Launcher)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
-    machine::check_memory(machine, &guest.spec, &confinement)?;
+    machine::check_memory(state, machine, &guest.spec, &confinement)?;
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let order = Order {
         spec: &guest.spec,

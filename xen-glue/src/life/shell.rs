@@ -83,6 +83,7 @@ pub struct Shell {
     console: Ring,
     fresh_is_zero: bool,
     ended: bool,
+    created: Instant,
 }
 
 impl Shell {
@@ -105,9 +106,11 @@ impl Shell {
             store: ring(plan.rings.store, remotes.store_domid),
             console: ring(plan.rings.console, remotes.console_domid),
             fresh_is_zero: false,
+            created: Instant::now(),
             ended: false,
         };
         shell.set_up(plan, special.len())?;
+        shell.created = Instant::now();
         shell.populate(&special)?;
         Ok(shell)
     }

@@ -51,7 +51,9 @@ impl Kernel {
         let control = Control::new(open(DM_CONTROL).map_err(without("dm-mod"))?);
         let version = control.version()?;
         if version.first() != Some(&DM_MAJOR) {
-            return Err(io::Error::other(format!("device-mapper speaks {version:?} and not version {DM_MAJOR}")));
+            return Err(io::Error::other(format!(
+                "device-mapper speaks {version:?} and not version {DM_MAJOR}"
+            )));
         }
         let loops = Mutex::new(open(LOOP_CONTROL).map_err(without("loop"))?);
         Ok(Kernel { control, loops, nodes: private_folder()? })
