@@ -20,4 +20,5 @@ pub mod doctor;
 pub mod hypercalls;
 pub mod layout;
 pub mod life;
+pub mod simulated;
 pub mod sys;

@@ -1,6 +1,6 @@
 //! A domain without content: made, with its vCPUs, its frames and its two rings, paused.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use engine::units::PageRange;
 use nix::errno::Errno;
@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use super::{plan, LifeError};
 use crate::abi::hvm::param;
 use crate::device_state::TscInfo;
-use crate::hypercalls::{CallError, CpuPolicy, DomId, Hypercalls, NewDomain, Uuid};
+use crate::hypercalls::{CallError, CpuPolicy, DomId, Hypercalls, Mapping, NewDomain, Uuid};
 use crate::layout::{Layout, CONSOLE_GFN, STORE_GFN};
 
 /// HVMPTM_no_delay_for_missed_ticks, which libxl gives every PVH guest: `public/hvm/params.h`.
@@ -75,11 +75,15 @@ pub struct Ring {
 pub struct Shell {
     xen: Arc<dyn Hypercalls>,
     domid: DomId,
+    uuid: Uuid,
     vcpus: u32,
     layout: Layout,
     store: Ring,
     console: Ring,
     fresh_is_zero: bool,
+    /// What of it is mapped into this process, to be unmapped when there is time.
+    mapped: Mutex<Vec<Box<dyn Mapping>>>,
+    ended: bool,
 }
 
 impl Shell {
@@ -96,11 +100,14 @@ impl Shell {
         let mut shell = Shell {
             xen: xen.clone(),
             domid,
+            uuid: plan.uuid,
             vcpus: plan.vcpus,
             layout: plan.layout.clone(),
             store: ring(plan.rings.store, remotes.store_domid),
             console: ring(plan.rings.console, remotes.console_domid),
             fresh_is_zero: false,
+            mapped: Mutex::new(Vec::new()),
+            ended: false,
         };
         shell.set_up(plan, special.len())?;
         shell.populate(&special)?;
@@ -176,6 +183,16 @@ impl Shell {
         self.xen.seed_grants(self.domid, &entries).map_err(LifeError::call("grant its rings"))
     }
 
+    /// Keeps frames mapped until [`Shell::unmap`].
+    pub(super) fn keep_mapped(&self, frames: Box<dyn Mapping>) {
+        self.mapped.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(frames);
+    }
+
+    /// Unmaps what [`fill`](super::fill()) mapped. After unpausing it, so that the guest does not wait for it.
+    pub fn unmap(&self) {
+        self.mapped.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    }
+
     /// The Xen it is a domain of.
     pub fn xen(&self) -> &Arc<dyn Hypercalls> {
         &self.xen
@@ -184,6 +201,11 @@ impl Shell {
     /// Its number.
     pub fn domid(&self) -> DomId {
         self.domid
+    }
+
+    /// Its handle.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
     }
 
     /// How many vCPUs it has.
@@ -212,16 +234,30 @@ impl Shell {
     }
 
     /// Destroys it; returns when it is gone, or only mappings of others keep it.
-    pub fn destroy(self) -> Result<(), LifeError> {
-        let (xen, domid) = (self.xen.clone(), self.domid);
-        std::mem::forget(self);
-        xen.destroy(domid).map_err(LifeError::call("destroy it"))
+    pub fn destroy(mut self) -> Result<(), LifeError> {
+        self.end().map_err(LifeError::call("destroy it"))
+    }
+
+    /// Destroys it, once. Somebody else may have done so before, and another domain may have its number since: it has the
+    /// number that it was made with, but not the handle.
+    fn end(&mut self) -> Result<(), CallError> {
+        if std::mem::replace(&mut self.ended, true) {
+            return Ok(());
+        }
+        self.unmap();
+        if let Ok(None) = self.xen.info(self.domid).map(|info| info.filter(|info| info.uuid == self.uuid)) {
+            return Ok(());
+        }
+        match self.xen.destroy(self.domid) {
+            Err(CallError::Refused { errno: Errno::ESRCH, .. }) => Ok(()),
+            other => other,
+        }
     }
 }
 
 impl Drop for Shell {
     fn drop(&mut self) {
-        if let Err(error) = self.xen.destroy(self.domid) {
+        if let Err(error) = self.end() {
             tracing::error!(domid = self.domid.0, %error, "a domain is left behind");
         }
     }
