@@ -245,7 +245,8 @@ mod tests {
 
     #[test]
     fn each_lack_is_named_alone() {
-        let lacks: [(fn(&mut Facts), &str); 9] = [
+        type Lack = fn(&mut Facts);
+        let lacks: [(Lack, &str); 9] = [
             (|facts| facts.xen.as_mut().unwrap().domctl = 0x19, "xen"),
             (|facts| facts.guest_type = Some("HVM".into()), "dom0"),
             (|facts| facts.devices_missing = vec!["xen/gntdev"], "devices"),

@@ -20,7 +20,7 @@ const WINDOW_BYTES_MAX: u64 = 144 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// It could not be read.
-    #[error("cannot read the kernel {}", path.display())]
+    #[error("cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -28,7 +28,7 @@ pub enum KernelError {
         source: io::Error,
     },
     /// It, or what is in it, is larger than [`IMAGE_BYTES_MAX`].
-    #[error("the kernel is larger than {} MiB", IMAGE_BYTES_MAX >> 20)]
+    #[error("the kernel or the initrd is larger than {} MiB", IMAGE_BYTES_MAX >> 20)]
     TooLarge,
     /// Neither of the two formats.
     #[error("the kernel is neither a bzImage nor an ELF file")]
@@ -54,7 +54,7 @@ pub enum KernelError {
     },
 }
 
-/// Reads a whole kernel file.
+/// Reads a whole file, a kernel or an initrd: of those the same limit holds.
 pub fn read(path: &Path) -> Result<Vec<u8>, KernelError> {
     let error = |source| KernelError::Read { path: path.to_owned(), source };
     bounded(File::open(path).map_err(error)?).map_err(error)?.ok_or(KernelError::TooLarge)
@@ -119,6 +119,8 @@ fn bounded(from: impl Read) -> io::Result<Option<Vec<u8>>> {
 mod tests {
     use std::io::Write;
 
+    use proptest::prelude::*;
+
     use super::super::bzimage::tests::bzimage;
     use super::*;
 
@@ -162,6 +164,17 @@ mod tests {
         huge[header.end..header.end + 4].copy_from_slice(&crc.sum().to_le_bytes());
         let error = vmlinux(&bzimage(&huge)).unwrap_err().to_string();
         assert!(error.contains("memory"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn damage_never_panics(zstd: bool, at: prop::sample::Index, bit in 0..8, cut: prop::sample::Index) {
+            let mut payload = if zstd { zstd::bulk::compress(ELF, 19).unwrap() } else { XZ.to_vec() };
+            let at = at.index(payload.len());
+            payload[at] ^= 1u8 << bit;
+            let _ = vmlinux(&bzimage(&payload));
+            let _ = vmlinux(&bzimage(&payload[..cut.index(payload.len())]));
+        }
     }
 
     /// `xz --check=crc32 --x86 --lzma2=dict=1MiB` of [`ELF`]: as the kernel is compressed.

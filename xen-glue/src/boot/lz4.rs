@@ -1,5 +1,5 @@
-//! LZ4 as the Linux kernel's build compresses itself: the legacy frame of `lz4 -l`, with four bytes of size behind it that are no
-//! part of it.
+//! LZ4 as the Linux kernel's build compresses itself: the legacy frame of `lz4 -l`, and behind it, no part of it, four bytes that
+//! say how long the kernel is. The frame has no checksum; that length is all there is to check.
 //!
 //! Sources: "LZ4 Frame Format Description", legacy frame; "LZ4 Block Format Description" (both of the lz4 project);
 //! Linux `lib/decompress_unlz4.c` for what follows the last block.
@@ -25,7 +25,10 @@ pub fn decompress(mut frame: &[u8], max: usize) -> Result<Vec<u8>, &'static str>
         let room = max.saturating_sub(out.len()).min(BLOCK_BYTES_MAX);
         decompress_block(block.ok_or("a block is cut off")?, &mut out, room)?;
     }
-    Ok(out)
+    match frame.first_chunk().map(|size| u32::from_le_bytes(*size)) {
+        Some(size) if usize::try_from(size) != Ok(out.len()) => Err("it is not as long as it says"),
+        _ => Ok(out),
+    }
 }
 
 /// Appends what one block holds: at most `room` bytes. Matches do not reach back into the block before.
@@ -111,6 +114,8 @@ mod tests {
         image.extend(28u32.to_le_bytes());
         assert_eq!(decompress(&image, 28).unwrap(), b"abababababaxyzabababababaxyz");
         assert_eq!(decompress(&image, 27), Err("it is larger than it may be"));
+        *image.last_mut().unwrap() = 1;
+        assert_eq!(decompress(&image, 28), Err("it is not as long as it says"));
     }
 
     #[test]

@@ -21,13 +21,21 @@ pub mod plan;
 pub mod start_info;
 pub mod vcpu;
 
-use crate::hypercalls::{CallError, DomId, Hypercalls};
+use std::ops::Range;
+use std::path::Path;
+
+use engine::units::PAGE_BYTES;
 use plan::{BootImage, Content, Piece};
 
-const PAGE: u64 = 4096;
+use crate::abi::hvm::param;
+use crate::hypercalls::{CallError, DomId, Hypercalls};
+use crate::layout::{Layout, IDENT_PT_GFN};
+use crate::life::restore::identity_page_table;
+use crate::life::{LifeError, Shell};
+
+const PAGE: u64 = PAGE_BYTES as u64;
 /// So many frames are mapped at a time: 16 MiB.
 const FRAMES_MAX: u64 = 4096;
-static ZEROS: [u8; 1 << 20] = [0; 1 << 20];
 
 /// Why a guest could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +49,9 @@ pub enum BootError {
     /// It does not fit.
     #[error(transparent)]
     Plan(#[from] plan::PlanError),
+    /// Its rings could not be granted.
+    #[error(transparent)]
+    Life(#[from] LifeError),
     /// Xen did not do what it was asked.
     #[error("{step}")]
     Call {
@@ -59,6 +70,60 @@ pub enum BootError {
     },
 }
 
+/// What a guest is booted from, in memory.
+pub struct Files {
+    vmlinux: Vec<u8>,
+    initrd: Vec<u8>,
+}
+
+impl Files {
+    /// Reads both, and takes the kernel out of its bzImage.
+    pub fn read(kernel: &Path, initrd: &Path) -> Result<Files, BootError> {
+        let image = kernel::read(kernel)?;
+        let vmlinux = kernel::vmlinux(&image)?.into_owned();
+        Ok(Files { vmlinux, initrd: kernel::read(initrd)? })
+    }
+
+    /// Lays out a guest of them.
+    pub fn plan(&self, cmdline: &str, layout: &Layout, vcpus: u32) -> Result<BootImage<'_>, BootError> {
+        let kernel = elf::Kernel::parse(&self.vmlinux)?;
+        Ok(plan::plan(&kernel, &self.initrd, cmdline, layout, vcpus)?)
+    }
+}
+
+/// Makes a shell the planned guest, rings included. Then it can be introduced to xenstored and unpaused.
+pub fn load(shell: &Shell, image: &BootImage) -> Result<(), BootError> {
+    let (xen, domid) = (shell.xen().as_ref(), shell.domid());
+    let rings = [
+        (param::STORE_PFN, shell.store().gfn),
+        (param::CONSOLE_PFN, shell.console().gfn),
+        (param::STORE_EVTCHN, shell.store().port.into()),
+        (param::CONSOLE_EVTCHN, shell.console().port.into()),
+    ];
+    for (index, value) in rings {
+        set_param(xen, domid, index, value)?;
+    }
+    write_identity_page_table(xen, domid)?;
+    write(xen, domid, image)?;
+    Ok(shell.grant_rings()?)
+}
+
+/// Intel's older CPUs cannot run a guest without paging but on this table; Xen takes it where it needs it.
+fn write_identity_page_table(xen: &dyn Hypercalls, domid: DomId) -> Result<(), BootError> {
+    let mapping = xen.map(domid, &[IDENT_PT_GFN]).map_err(|source| BootError::Call {
+        step: format!("map the identity page table of domain {domid}"),
+        source,
+    })?;
+    mapping.copy_from(0, &identity_page_table());
+    drop(mapping);
+    set_param(xen, domid, param::IDENT_PT, IDENT_PT_GFN * PAGE)
+}
+
+fn set_param(xen: &dyn Hypercalls, domid: DomId, index: u64, value: u64) -> Result<(), BootError> {
+    let step = || format!("set HVM parameter {index} of domain {domid} to {value:#x}");
+    xen.set_hvm_param(domid, index, value).map_err(|source| BootError::Call { step: step(), source })
+}
+
 /// Writes a planned guest into a newborn domain whose RAM is populated, and sets its first vCPU to begin when it is unpaused.
 ///
 /// What it leaves on an error is for whoever drops the domain.
@@ -70,6 +135,7 @@ pub fn write(xen: &dyn Hypercalls, domid: DomId, image: &BootImage) -> Result<()
         let step = format!("{step} of domain {domid}");
         move |source| BootError::Call { step, source }
     };
+    // Linux that knows version 1 of hvm_start_info takes the map from there; older ones ask Xen.
     xen.set_memory_map(domid, &image.memory_map).map_err(call("set the memory map"))?;
     let own = xen.hvm_context(domid).map_err(call("read the HVM context"))?;
     let apic_id = |vcpu| acpi::apic_id(u32::from(vcpu));
@@ -79,32 +145,72 @@ pub fn write(xen: &dyn Hypercalls, domid: DomId, image: &BootImage) -> Result<()
 }
 
 fn write_piece(xen: &dyn Hypercalls, domid: DomId, piece: &Piece) -> Result<(), BootError> {
-    let range = piece.range();
-    let mut at = range.start;
-    while at < range.end {
-        let first = at / PAGE;
-        let end = range.end.min((first + FRAMES_MAX) * PAGE);
-        let gfns: Vec<u64> = (first..end.div_ceil(PAGE)).collect();
+    for step in steps(&piece.range()) {
+        let gfns: Vec<u64> = step.gfns.clone().collect();
         let mapping = xen.map(domid, &gfns).map_err(|source| {
-            let step = format!(
-                "map {} frames of domain {domid} at gfn {first:#x} for its {}",
-                gfns.len(),
-                piece.what
-            );
-            BootError::Call { step, source }
+            let place = format!("{} frames of domain {domid} at gfn {:#x}", gfns.len(), step.gfns.start);
+            BootError::Call { step: format!("map {place} for its {}", piece.what), source }
         })?;
-        // Both fit: they are at most the bytes of FRAMES_MAX frames, and the piece is in memory.
-        let (offset, done) = ((at - first * PAGE) as usize, (at - range.start) as usize);
-        let count = (end - at) as usize;
         match &piece.content {
-            Content::Bytes(bytes) => mapping.copy_from(offset, &bytes[done..done + count]),
-            Content::Zeros(_) => {
-                for start in (0..count).step_by(ZEROS.len()) {
-                    mapping.copy_from(offset + start, &ZEROS[..ZEROS.len().min(count - start)]);
-                }
-            }
+            Content::Bytes(bytes) => mapping.copy_from(step.offset, &bytes[step.part]),
+            Content::Zeros(_) => mapping.copy_from(step.offset, &vec![0; step.part.len()]),
         }
-        at = end;
     }
     Ok(())
+}
+
+/// A part of a piece, written through one mapping.
+#[derive(Debug, PartialEq, Eq)]
+struct Step {
+    /// The frames mapped; at most [`FRAMES_MAX`].
+    gfns: Range<u64>,
+    /// Where in them the part begins, in bytes.
+    offset: usize,
+    /// Which bytes of the piece.
+    part: Range<usize>,
+}
+
+fn steps(piece: &Range<u64>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut at = piece.start;
+    while at < piece.end {
+        let first = at / PAGE;
+        let end = piece.end.min((first + FRAMES_MAX) * PAGE);
+        steps.push(Step {
+            gfns: first..end.div_ceil(PAGE),
+            offset: (at % PAGE) as usize,
+            part: (at - piece.start) as usize..(end - piece.start) as usize,
+        });
+        at = end;
+    }
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_piece_may_begin_and_end_inside_a_frame() {
+        let step = Step { gfns: 1..3, offset: 0xfff, part: 0..2 };
+        assert_eq!(steps(&(0x1fff..0x2001)), [step]);
+        assert_eq!(steps(&(0x1000..0x1000)), []);
+    }
+
+    proptest! {
+        #[test]
+        fn steps_cover_a_piece_exactly(start in 0u64..1 << 40, size in 0u64..200 << 20) {
+            let mut at = start;
+            for step in steps(&(start..start + size)) {
+                prop_assert_eq!(step.gfns.start * PAGE + step.offset as u64, at);
+                prop_assert_eq!(step.part.start as u64, at - start);
+                prop_assert!(step.gfns.end - step.gfns.start <= FRAMES_MAX);
+                at += step.part.len() as u64;
+                prop_assert_eq!(step.gfns.end, at.div_ceil(PAGE));
+            }
+            prop_assert_eq!(at, start + size);
+        }
+    }
 }
