@@ -11,8 +11,9 @@ use engine::units::{PageIndex, PageRange, PAGE_BYTES, PAGE_SIZE};
 
 use super::config::GuestConfig;
 use super::import::PARAM_IDENT_PT;
-use super::libxc::{Domain, GuestKind, Record};
+use super::libxc::{Domain, GuestKind};
 use super::pages::{PageEntry, PageKind};
+use super::records::Record;
 use super::writer::StreamWriter;
 use crate::device_state::DeviceState;
 use crate::layout::{SPECIAL_COUNT, SPECIAL_FIRST};

@@ -13,9 +13,10 @@ use std::os::unix::fs::FileExt;
 use engine::units::{ByteCount, PageIndex, PageRange, PAGE_BYTES};
 
 use super::config::GuestConfig;
-use super::libxc::{Domain, GuestKind, Record};
+use super::libxc::{Domain, GuestKind};
 use super::pages::{PageEntry, PageKind};
 use super::reader::{Item, StreamReader};
+use super::records::Record;
 use super::StreamError;
 use crate::device_state::{DeviceState, TscInfo};
 use crate::layout::{Layout, GFN_MAX, SPECIAL_COUNT, SPECIAL_FIRST};
