@@ -106,7 +106,6 @@ pub fn fill(from: impl Read, guest: &SavedGuest, image: &File) -> Result<Filled,
         if is_special(pfn) || !kind.is_memory() {
             continue;
         }
-        let changed = || ImportError::Refused("the file has changed while it was read".into());
         let place = places.of(pfn).ok_or_else(changed)?;
         if !kind.has_data() || stream.page() == &[0; PAGE_BYTES] {
             filled.zero_pages += 1;
@@ -118,7 +117,14 @@ pub fn fill(from: impl Read, guest: &SavedGuest, image: &File) -> Result<Filled,
         }
         .map_err(|source| ImportError::Image { gfn: pfn, source })?;
     }
-    Ok(filled)
+    match filled.data_pages + filled.zero_pages < guest.state.layout.pages().0 {
+        true => Err(changed()),
+        false => Ok(filled),
+    }
+}
+
+fn changed() -> ImportError {
+    refused("the file has changed while it was read")
 }
 
 /// Makes a page zero without making it data where it is a hole.
