@@ -52,6 +52,28 @@ pub enum CallError {
         /// The error.
         errno: nix::errno::Errno,
     },
+    /// A frame could not be mapped.
+    #[error("map gfn {gfn:#x} of domain {domid}: {errno}")]
+    Frame {
+        /// The domain.
+        domid: DomId,
+        /// The first such frame.
+        gfn: u64,
+        /// Why: EINVAL where there is no RAM, ENOENT where it is paged out.
+        errno: nix::errno::Errno,
+    },
+    /// Xen says that this machine cannot give a guest these CPUs, and where.
+    #[error("XEN_DOMCTL_set_cpu_policy of domain {domid}: {errno}{}", place(.leaf, .msr))]
+    Policy {
+        /// The domain.
+        domid: DomId,
+        /// The CPUID leaf it does not like, and its subleaf.
+        leaf: Option<(u32, Option<u32>)>,
+        /// The MSR it does not like.
+        msr: Option<u32>,
+        /// The error.
+        errno: nix::errno::Errno,
+    },
     /// It did a part of it.
     #[error("{call}{}: {done} of {wanted} done", of(.domid))]
     Short {
@@ -68,6 +90,15 @@ pub enum CallError {
 
 fn of(domid: &Option<DomId>) -> String {
     domid.map_or(String::new(), |domid| format!(" of domain {domid}"))
+}
+
+fn place(leaf: &Option<(u32, Option<u32>)>, msr: &Option<u32>) -> String {
+    let mut place = String::new();
+    if let Some((leaf, subleaf)) = leaf {
+        place += &format!(", at CPUID leaf {leaf:#x}");
+        place += &subleaf.map_or(String::new(), |subleaf| format!(", subleaf {subleaf:#x}"));
+    }
+    place + &msr.map_or(String::new(), |msr| format!(", at MSR {msr:#x}"))
 }
 
 /// The result of a hypercall.
@@ -223,6 +254,8 @@ pub trait Hypercalls: Send + Sync {
     /// All domains but dom0.
     fn list(&self) -> Result<Vec<DomainInfo>>;
 
+    /// XEN_DOMCTL_max_vcpus: makes its vCPUs, all of them down.
+    fn set_max_vcpus(&self, domid: DomId, vcpus: u32) -> Result<()>;
     /// XEN_DOMCTL_max_mem.
     fn set_max_memory(&self, domid: DomId, max: ByteCount) -> Result<()>;
     /// XEN_DOMCTL_set_paging_mempool_size; [`errno ENOSYS or EOPNOTSUPP`](CallError) where this Xen has none.

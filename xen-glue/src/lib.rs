@@ -13,7 +13,11 @@
 //! | `channel/` | the agent's vchan |
 //! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
 
+mod abi;
 pub mod device_state;
 pub mod hypercalls;
 pub mod layout;
+pub mod life;
+pub mod simulated;
 pub mod stream;
+pub mod sys;

@@ -157,6 +157,7 @@ fn guests_that_cannot_be_taken_over_are_refused_by_name() {
         (|config, _| config.kind = "vm".into(), "unknown type"),
         (|_, state| state.hvm_params[0].1 = 0x1000, "xenstore page is frame 0x1000"),
         (|_, state| state.hvm_params.push((17, SPECIAL_FIRST)), "no console page, or two"),
+        (|_, state| state.hvm_params.push((11, 1)), "HVM parameter 11 is not one"),
         (|_, state| state.hvm_params.resize(65, (3, 3)), "65 HVM parameters"),
     ];
     for (change, said) in cases {

@@ -1,0 +1,184 @@
+//! A domain's frames filled from a memory image.
+//!
+//! Only frames the image has data for are mapped, a bounded number at a time. It needs nothing but the domain, so it can run
+//! on a thread beside whatever else a launch does.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use engine::image::scan::{data_extents, is_zero};
+use engine::units::{PageCount, PageIndex, PageRange, PAGE_BYTES};
+
+use super::{LifeError, Shell};
+use crate::layout::Layout;
+use crate::sys::mapping::map_image;
+
+/// Frames mapped at once: 16 MiB. The kernel holds the process's map lock for as long as it maps them.
+const BATCH: u64 = 4096;
+
+/// A piece of the image and the frames it belongs to: `frames` begins where `image` does, and is as long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    image: PageIndex,
+    frames: PageRange,
+}
+
+/// Copies the image's data to the shell's frames. Where the image has a hole the frame reads as zero.
+///
+/// The image must not change meanwhile, nor become shorter. Errors: it is shorter than the frames, or cannot be read, or a
+/// frame cannot be mapped.
+pub fn fill(shell: &Shell, image: &File) -> Result<(), LifeError> {
+    let pages = check_size(shell, image)?;
+    if pages == PageCount::ZERO {
+        return Ok(());
+    }
+    let io = |step| LifeError::io(step, shell.domid());
+    let view = map_image(image, pages.buffer_len()).map_err(io("map the memory image"))?;
+    for batch in batches(shell, image, pages)? {
+        let gfns: Vec<u64> = batch.iter().flat_map(|piece| piece.frames.pages()).map(|gfn| gfn.0).collect();
+        let mapped =
+            shell.xen().map(shell.domid(), &gfns).map_err(LifeError::call("map its frames to fill them"))?;
+        let mut to = 0;
+        for piece in &batch {
+            let from = piece.image.offset().0 as usize;
+            let length = piece.frames.count.buffer_len();
+            mapped.copy_from(to, &view[from..from + length]);
+            to += length;
+        }
+    }
+    Ok(())
+}
+
+/// The same, one page at a time, without mapping the image: slow, and obviously right.
+pub fn fill_slowly(shell: &Shell, image: &File) -> Result<(), LifeError> {
+    check_size(shell, image)?;
+    let io = |step| LifeError::io(step, shell.domid());
+    let mut page = [0; PAGE_BYTES];
+    let frames = shell.layout().runs().iter().flat_map(|run| run.pages());
+    for (at, gfn) in frames.enumerate() {
+        image
+            .read_exact_at(&mut page, PageIndex(at as u64).offset().0)
+            .map_err(io("read the memory image"))?;
+        if is_zero(&page) && shell.fresh_is_zero() {
+            continue;
+        }
+        let frame =
+            shell.xen().map(shell.domid(), &[gfn.0]).map_err(LifeError::call("map a frame to fill it"))?;
+        frame.copy_from(0, &page);
+    }
+    Ok(())
+}
+
+/// The size of the image as the layout has it; no longer than the file.
+fn check_size(shell: &Shell, image: &File) -> Result<PageCount, LifeError> {
+    let found = image.metadata().map_err(LifeError::io("look at the memory image", shell.domid()))?.len();
+    let needed = shell.layout().pages();
+    if found < needed.bytes().0 {
+        return Err(LifeError::ImageSize { found: engine::units::ByteCount(found), needed: needed.bytes() });
+    }
+    Ok(needed)
+}
+
+/// What is to be copied, in batches of at most [`BATCH`] frames.
+fn batches(shell: &Shell, image: &File, pages: PageCount) -> Result<Vec<Vec<Piece>>, LifeError> {
+    let data = if shell.fresh_is_zero() {
+        data_extents(image, pages)
+            .map_err(LifeError::io("look for data in the memory image", shell.domid()))?
+    } else {
+        vec![PageRange::new(0, pages.0)]
+    };
+    Ok(batched(&pieces(shell.layout(), &data)))
+}
+
+/// Each run of data of the image as pieces that lie in one run of frames each.
+fn pieces(layout: &Layout, data: &[PageRange]) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    let mut data = data.iter().copied().peekable();
+    let mut image_first = 0;
+    for run in layout.runs() {
+        let here = PageRange::new(image_first, run.count.0);
+        while let Some(extent) = data.peek() {
+            if let Some(part) = extent.intersection(here) {
+                let gfn = run.first.0 + (part.first.0 - image_first);
+                pieces.push(Piece { image: part.first, frames: PageRange::new(gfn, part.count.0) });
+            }
+            if extent.end() > here.end() {
+                break;
+            }
+            data.next();
+        }
+        image_first += run.count.0;
+    }
+    pieces
+}
+
+/// Pieces cut and put together so that each batch but the last has exactly [`BATCH`] frames.
+fn batched(pieces: &[Piece]) -> Vec<Vec<Piece>> {
+    let mut batches = Vec::new();
+    let (mut batch, mut room) = (Vec::new(), BATCH);
+    for piece in pieces {
+        let mut left = *piece;
+        while left.frames.count.0 > 0 {
+            let count = left.frames.count.0.min(room);
+            batch.push(Piece { image: left.image, frames: PageRange::new(left.frames.first.0, count) });
+            left.image.0 += count;
+            left.frames = PageRange::new(left.frames.first.0 + count, left.frames.count.0 - count);
+            room -= count;
+            if room == 0 {
+                batches.push(std::mem::take(&mut batch));
+                room = BATCH;
+            }
+        }
+    }
+    if !batch.is_empty() {
+        batches.push(batch);
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn runs(parts: &[(u64, u64)]) -> Vec<PageRange> {
+        let mut next = 0;
+        let run = |(gap, count): &(u64, u64)| {
+            let run = PageRange::new(next + gap, *count);
+            next = run.end().0;
+            run
+        };
+        parts.iter().map(run).collect()
+    }
+
+    proptest! {
+        /// Each page with data goes to the frame that the layout has at its place, once and in order.
+        #[test]
+        fn every_page_goes_to_its_frame(
+            frames in proptest::collection::vec((0u64..50, 1u64..6000), 1..6),
+            data in proptest::collection::vec((0u64..3000, 1u64..6000), 0..8),
+        ) {
+            let layout = Layout::new(runs(&frames)).unwrap();
+            let image = PageRange::new(0, layout.pages().0);
+            let data: Vec<PageRange> = runs(&data).iter().filter_map(|run| run.intersection(image)).collect();
+            let gfns = super::super::shell::frames_of(layout.runs());
+            let expected: Vec<(u64, u64)> = data
+                .iter()
+                .flat_map(|run| run.pages())
+                .map(|page| (page.0, gfns[page.0 as usize]))
+                .collect();
+            let batches = batched(&pieces(&layout, &data));
+            let all = batches.iter().rev().skip(1).all(|batch| {
+                batch.iter().map(|piece| piece.frames.count.0).sum::<u64>() == BATCH
+            });
+            prop_assert!(all);
+            let found: Vec<(u64, u64)> = batches
+                .iter()
+                .flatten()
+                .flat_map(|piece| (piece.image.0..).zip(piece.frames.pages().map(|gfn| gfn.0)))
+                .collect();
+            prop_assert_eq!(found, expected);
+        }
+    }
+}
