@@ -315,7 +315,8 @@ fn an_import_that_fails_leaves_nothing() {
     let both = given(&[("root", &root), ("private", &private)]);
     let config = world.config();
     type Change = fn(&mut GuestConfig);
-    let cases: &[(&str, Change, &[(String, PathBuf)], Kind, &str)] = &[
+    type Case<'a> = (&'a str, Change, &'a [(String, PathBuf)], Kind, &'a str);
+    let cases: &[Case] = &[
         (KIND, |_| {}, &both[..1], Kind::Usage, "disk xvdb"),
         ("qemu", |_| {}, &both, Kind::Refused, "this machine has qemu"),
         (KIND, |config| config.kernel = None, &both, Kind::Usage, "names no kernel"),

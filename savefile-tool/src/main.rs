@@ -1,4 +1,4 @@
-//! `dispvm-savefile`: builds, lists, checks and removes the savefiles that disposables are restored from.
+//! `dispvm-savefile`: builds, lists, checks, imports, exports and removes the savefiles that disposables are restored from.
 
 mod progress;
 mod report;
@@ -16,7 +16,7 @@ use control_plane::qube::Qube;
 use control_plane::savefiles::{self, Import, Prerun, Standing};
 use control_plane::state::State;
 
-/// Builds, lists, checks and removes the savefiles that disposables are restored from.
+/// Builds, lists, checks, imports, exports and removes the savefiles that disposables are restored from.
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage, 3 the savefile is missing, corrupt or stale.
 #[derive(Parser)]

@@ -28,7 +28,7 @@ pub mod owner;
 pub mod simulated;
 mod steps;
 pub mod stream;
-mod sweep;
+pub mod sweep;
 pub mod sys;
 pub mod volumes;
 pub mod xenstore;

@@ -21,7 +21,7 @@ use xen_glue::device_state;
 use xen_glue::stream::config::GuestConfig;
 use xen_glue::stream::import::{fill, survey, ImportError, SavedGuest};
 
-use super::binding::{bind, Binding};
+use super::binding::{bind, Binding, VOLUMES};
 use super::{raw, savefile_error};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
@@ -295,13 +295,17 @@ fn notes(config: &GuestConfig) -> Vec<String> {
             .to_owned(),
     ];
     if !config.nics.is_empty() {
-        notes.push("the guest's network cards are not taken over: it finds them gone".to_owned());
+        notes.push("the guest's network cards are not taken over".to_owned());
     }
     let vdevs: Vec<&str> = config.disks.iter().map(|disk| disk.vdev.as_str()).collect();
-    let new: Vec<&str> =
-        super::binding::VOLUMES.iter().map(|(_, vdev)| *vdev).filter(|vdev| !vdevs.contains(vdev)).collect();
-    if !new.is_empty() {
-        notes.push(format!("the guest finds new disks: {}", new.join(", ")));
+    let more: Vec<&str> =
+        VOLUMES.iter().map(|(_, vdev)| *vdev).filter(|vdev| !vdevs.contains(vdev)).collect();
+    if !more.is_empty() {
+        // Linux looks for devices when their nodes change, and these are there before it watches again.
+        notes.push(format!(
+            "the qube also has {}: a guest saved without them does not see them",
+            more.join(", ")
+        ));
     }
     notes
 }

@@ -82,7 +82,7 @@ pub(super) fn ring_frames(params: &[(u64, u64)]) -> impl Iterator<Item = u64> + 
 }
 
 /// Whether a frame is one of those that libxc and we set apart.
-pub(super) fn is_special(gfn: u64) -> bool {
+pub(crate) fn is_special(gfn: u64) -> bool {
     (SPECIAL_FIRST..SPECIAL_FIRST + SPECIAL_COUNT).contains(&gfn)
 }
 

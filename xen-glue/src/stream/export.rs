@@ -10,18 +10,17 @@ use std::os::unix::fs::FileExt;
 use engine::units::{PageIndex, PageRange, PAGE_BYTES, PAGE_SIZE};
 
 use super::config::GuestConfig;
-use super::import::PARAM_IDENT_PT;
-use super::libxc::{Domain, GuestKind, Record};
+use super::libxc::{Domain, GuestKind};
 use super::pages::{PageEntry, PageKind};
+use super::records::Record;
 use super::writer::StreamWriter;
+use crate::abi::hvm::param;
 use crate::device_state::DeviceState;
 use crate::layout::{SPECIAL_COUNT, SPECIAL_FIRST};
+use crate::life::restore::identity_page_table;
 
 /// Memory is read in pieces of so many pages.
 const PIECE_PAGES: u64 = 256;
-/// Present, writable, user, accessed, dirty, 4 MiB (`tools/libs/guest/xg_dom_x86.c`).
-const IDENT_PT_FLAGS: u32 = 0xe7;
-
 /// Writes a guest: its configuration, its state, and its memory image as [`DeviceState::layout`] lays it out. Answers `out`.
 ///
 /// Pages of zeros are written too. To have them allocated only would make the file smaller, and a guest's memory whatever a Xen
@@ -83,13 +82,12 @@ fn write_run<W: Write>(
 
 /// Rings are empty; the identity page table maps 4 GiB onto themselves.
 fn write_special<W: Write>(stream: &mut StreamWriter<W>, state: &DeviceState) -> io::Result<()> {
-    let ident_pt = state.hvm_params.iter().find(|param| param.0 == PARAM_IDENT_PT).map(|param| param.1);
+    let ident_pt =
+        state.hvm_params.iter().find(|(index, _)| *index == param::IDENT_PT).map(|(_, value)| *value);
     for gfn in SPECIAL_FIRST..SPECIAL_FIRST + SPECIAL_COUNT {
         let mut page = [0; PAGE_BYTES];
         if ident_pt == Some(PageIndex(gfn).offset().0) {
-            for (number, entry) in page.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                *entry = ((number as u32) << 22 | IDENT_PT_FLAGS).to_le_bytes();
-            }
+            page = identity_page_table();
         }
         stream.page(PageEntry { pfn: gfn, kind: PageKind::Normal }, &page)?;
     }

@@ -13,19 +13,16 @@ use std::os::unix::fs::FileExt;
 use engine::units::{ByteCount, PageIndex, PageRange, PAGE_BYTES};
 
 use super::config::GuestConfig;
-use super::libxc::{Domain, GuestKind, Record};
+use super::libxc::{Domain, GuestKind};
 use super::pages::{PageEntry, PageKind};
 use super::reader::{Item, StreamReader};
+use super::records::Record;
 use super::StreamError;
+use crate::abi::hvm::param;
 use crate::device_state::{DeviceState, TscInfo};
-use crate::layout::{Layout, GFN_MAX, SPECIAL_COUNT, SPECIAL_FIRST};
+use crate::layout::{Layout, GFN_MAX};
+use crate::life::{self, restore::is_special};
 
-/// HVM parameter: the xenstore ring's frame.
-pub const PARAM_STORE_PFN: u64 = 1;
-/// HVM parameter: the *address* of the page table a guest without paging runs on, where the CPU needs one.
-pub const PARAM_IDENT_PT: u64 = 12;
-/// HVM parameter: the console ring's frame.
-pub const PARAM_CONSOLE_PFN: u64 = 17;
 /// More HVM parameters than Xen has (HVM_NR_PARAMS is 39 in 4.17).
 const PARAMS_MAX: usize = 64;
 /// Guests have their memory in whole MiB; an image is rounded up to that.
@@ -89,8 +86,10 @@ pub fn survey(from: impl Read) -> Result<SavedGuest, ImportError> {
     while let Some(item) = stream.next_item()? {
         found.take(item)?;
     }
-    let state = found.into_state(config.vcpus)?;
-    Ok(SavedGuest { config, state })
+    let guest = SavedGuest { state: found.into_state(config.vcpus)?, config };
+    // What a restore would refuse is better refused now.
+    life::shell_plan(guest.config.uuid, &guest.state).map_err(|error| refused(error.to_string()))?;
+    Ok(guest)
 }
 
 /// Writes the memory image of a surveyed guest, from the same stream, into `image`: empty, or of holes only.
@@ -105,7 +104,6 @@ pub fn fill(from: impl Read, guest: &SavedGuest, image: &File) -> Result<Filled,
         if is_special(pfn) || !kind.is_memory() {
             continue;
         }
-        let changed = || ImportError::Refused("the file has changed while it was read".into());
         let place = places.of(pfn).ok_or_else(changed)?;
         if !kind.has_data() || stream.page() == &[0; PAGE_BYTES] {
             filled.zero_pages += 1;
@@ -117,7 +115,14 @@ pub fn fill(from: impl Read, guest: &SavedGuest, image: &File) -> Result<Filled,
         }
         .map_err(|source| ImportError::Image { gfn: pfn, source })?;
     }
-    Ok(filled)
+    match filled.data_pages + filled.zero_pages < guest.state.layout.pages().0 {
+        true => Err(changed()),
+        false => Ok(filled),
+    }
+}
+
+fn changed() -> ImportError {
+    refused("the file has changed while it was read")
 }
 
 /// Makes a page zero without making it data where it is a hole.
@@ -128,10 +133,6 @@ fn clear(image: &File, place: PageIndex) -> io::Result<()> {
         true => Ok(()),
         false => image.write_all_at(&[0; PAGE_BYTES], place.offset().0),
     }
-}
-
-fn is_special(pfn: u64) -> bool {
-    (SPECIAL_FIRST..SPECIAL_FIRST + SPECIAL_COUNT).contains(&pfn)
 }
 
 fn refused(why: impl Into<String>) -> ImportError {
@@ -249,7 +250,7 @@ fn check_params(params: &[(u64, u64)]) -> Result<(), ImportError> {
     if params.len() > PARAMS_MAX {
         return Err(refused(format!("the guest has {} HVM parameters", params.len())));
     }
-    for (name, index) in [("xenstore", PARAM_STORE_PFN), ("console", PARAM_CONSOLE_PFN)] {
+    for (name, index) in [("xenstore", param::STORE_PFN), ("console", param::CONSOLE_PFN)] {
         let mut values = params.iter().filter(|param| param.0 == index).map(|param| param.1);
         match (values.next(), values.next()) {
             (Some(gfn), None) if is_special(gfn) => {}

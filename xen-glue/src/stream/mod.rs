@@ -15,7 +15,7 @@
 //! Sources: `docs/specs/{libxl,libxc}-migration-stream.pandoc`, `tools/libs/guest/xg_sr_stream_format.h` and, for the file's own
 //! header, `tools/xl/xl.h` of Xen 4.17. Judge of what is written here: `verify-stream-v2` of Debian's xen-utils.
 //!
-//! Reading order: [`xl_header`], [`libxl`], [`libxc`], [`pages`] (the parts), `order` (which record may follow), [`reader`],
+//! Reading order: [`xl_header`], [`libxl`], [`libxc`], [`records`], [`pages`] (the parts), `order` (which record may follow), [`reader`],
 //! [`writer`], [`config`]; then [`import`] and [`export`].
 
 mod error;
@@ -29,6 +29,7 @@ pub mod libxc;
 pub mod libxl;
 pub mod pages;
 pub mod reader;
+pub mod records;
 pub mod writer;
 pub mod xl_header;
 

@@ -1,6 +1,6 @@
 //! Page data: which frames, of what type, and what is in them.
 
-use super::{libxc, Fault};
+use super::{records, Fault};
 
 /// Pages in a record that is written here: as libxc does it.
 pub const BATCH_PAGES: usize = 1024;
@@ -83,7 +83,7 @@ impl PageEntry {
 ///
 /// What is checked: that there is at least one entry, and that body and entries agree to the byte.
 pub(super) fn parse_list(head: &[u8; 8], length: u32) -> Result<u64, Fault> {
-    let (count, reserved, _) = libxc::split_pair(head)?;
+    let (count, reserved, _) = records::split_pair(head)?;
     if reserved != 0 {
         return Err(Fault::Reserved);
     }

@@ -5,10 +5,11 @@ use std::io::Read;
 use engine::units::{PAGE_BYTES, PAGE_SIZE};
 
 use super::input::Input;
-use super::libxc::{self, Domain, Record};
+use super::libxc::{self, Domain};
 use super::libxl::{self, EmulatorHeader, RecordHeader};
 use super::order::Order;
 use super::pages::{self, PageEntry};
+use super::records::Record;
 use super::xl_header::{self, ConfigText};
 use super::{Fault, Place, Result, RECORD_BYTES_MAX};
 

@@ -4,9 +4,10 @@ use std::io::{self, Write};
 
 use engine::units::PAGE_BYTES;
 
-use super::libxc::{self, Domain, Record};
+use super::libxc::{self, Domain};
 use super::libxl::{self, write_record};
 use super::pages::{PageEntry, BATCH_PAGES};
+use super::records::Record;
 use super::xl_header::{self, ConfigText};
 
 /// A stream being written. What is not ended by [`StreamWriter::end`] is no stream.
