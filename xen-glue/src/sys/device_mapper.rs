@@ -222,7 +222,8 @@ fn entries(mut list: &[u8], next_at: usize, name_at: usize) -> Vec<(&[u8], Strin
     let mut found = Vec::new();
     while let Some(name) = list.get(name_at..) {
         found.push((list, text(name)));
-        let next = list.get(next_at..).and_then(<[u8]>::first_chunk).map_or(0, |next| u32::from_ne_bytes(*next));
+        let next =
+            list.get(next_at..).and_then(<[u8]>::first_chunk).map_or(0, |next| u32::from_ne_bytes(*next));
         match list.get(next as usize..) {
             Some(rest) if next > 0 => list = rest,
             _ => break,

@@ -149,8 +149,10 @@ impl Volumes {
         // Volumes do not depend on each other, and each waits for the kernel now and then.
         let spill = spill.as_ref().map(|spill| spill.device);
         let made: Vec<Result<Stack, VolumeError>> = thread::scope(|scope| {
-            let running: Vec<_> =
-                works.into_iter().map(|(stack, delta)| scope.spawn(move || stack.make(delta, spill))).collect();
+            let running: Vec<_> = works
+                .into_iter()
+                .map(|(stack, delta)| scope.spawn(move || stack.make(delta, spill)))
+                .collect();
             let died = || VolumeError::Impossible { volume: "all".into(), why: "a thread died".into() };
             running.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(died()))).collect()
         });
@@ -168,7 +170,10 @@ impl Volumes {
     pub fn failed(&self) -> Result<Option<&str>, VolumeError> {
         for stack in self.stacks.iter().filter(|stack| stack.planned.spill.is_some()) {
             let volume = &stack.planned.spec.name;
-            let status = stack.kernel.status(&stack.name(Layer::Top)).map_err(io_error("ask for the state", volume))?;
+            let status = stack
+                .kernel
+                .status(&stack.name(Layer::Top))
+                .map_err(io_error("ask for the state", volume))?;
             if !status.starts_with(|first: char| first.is_ascii_digit()) {
                 return Ok(Some(volume));
             }
@@ -187,7 +192,24 @@ impl Volumes {
     /// Removes them, shortly waiting for whoever still has them open, and then leaving it to the kernel to do it when
     /// nobody has.
     pub fn close(mut self) -> Result<(), VolumeError> {
-        self.stacks.iter_mut().try_for_each(Stack::remove)
+        self.remove()
+    }
+
+    /// All at once: to remove a device is to wait for grace periods of the kernel's, and these can be the same ones.
+    fn remove(&mut self) -> Result<(), VolumeError> {
+        let stacks = std::mem::take(&mut self.stacks);
+        thread::scope(|scope| {
+            let running: Vec<_> = stacks.into_iter().map(|mut stack| scope.spawn(move || stack.remove())).collect();
+            running.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).fold(Ok(()), Result::and)
+        })
+    }
+}
+
+impl Drop for Volumes {
+    fn drop(&mut self) {
+        if let Err(err) = self.remove() {
+            tracing::warn!("{err}");
+        }
     }
 }
 
@@ -195,7 +217,16 @@ impl Stack {
     fn new(kernel: &Arc<Kernel>, tag: &Uuid, planned: Planned) -> Stack {
         let none = Device { major: 0, minor: 0 };
         let kernel = kernel.clone();
-        Stack { kernel, tag: *tag, planned, layers: Vec::new(), top: none, cow: none, delta: None, _kept: None }
+        Stack {
+            kernel,
+            tag: *tag,
+            planned,
+            layers: Vec::new(),
+            top: none,
+            cow: none,
+            delta: None,
+            _kept: None,
+        }
     }
 
     fn make(mut self, delta: Option<File>, spill: Option<Device>) -> Result<Stack, VolumeError> {
@@ -226,7 +257,8 @@ impl Stack {
         let VolumeSpec { name, base, size } = &self.planned.spec;
         let Some(path) = base.path() else { return Ok(None) };
         let writable = base.is_persistent();
-        let file = File::options().read(true).write(writable).open(path).map_err(io_error("open the base", name))?;
+        let file =
+            File::options().read(true).write(writable).open(path).map_err(io_error("open the base", name))?;
         let length = file.metadata().map_err(io_error("open the base", name))?.len();
         if length < size.0 {
             let why = format!("{} has {length} bytes, and the volume {}", path.display(), size.0);
@@ -293,9 +325,9 @@ impl Stack {
         let step = "take the snapshot off the writes";
         self.kernel.unmap(&self.name(Layer::Top)).map_err(io_error(step, &volume))?;
         self.layers.retain(|layer| *layer != Layer::Top);
-        self.copy_changes(size).map_err(|source| VolumeError::Store { volume: volume.clone(), source }).map(
-            |(raw, changed)| CapturedDelta { volume, size, raw, changed },
-        )
+        self.copy_changes(size)
+            .map_err(|source| VolumeError::Store { volume: volume.clone(), source })
+            .map(|(raw, changed)| CapturedDelta { volume, size, raw, changed })
     }
 
     fn copy_changes(&self, size: ByteCount) -> Result<(File, Vec<engine::units::PageRange>), StoreError> {
@@ -348,7 +380,8 @@ pub fn sweep(is_alive: &dyn Fn(&Uuid) -> bool) -> Result<usize, VolumeError> {
 }
 
 fn make_spill(kernel: &Kernel, folder: &Path, bytes: u64) -> io::Result<LoopDevice> {
-    let file = File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder)?;
+    let file =
+        File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder)?;
     file.set_len(bytes)?;
     kernel.attach(&file, bytes, false)
 }

@@ -184,7 +184,9 @@ pub fn plan(specs: &[VolumeSpec], deltas: &[&str]) -> Result<(Vec<Planned>, Byte
     let mut planned = Vec::with_capacity(specs.len().min(DISKS_MAX));
     let mut spilled = 0u64;
     for (index, spec) in specs.iter().enumerate() {
-        let same = |layer: &Layer| specs.iter().filter(|other| other.name == spec.name.clone() + layer.suffix()).count();
+        let same = |layer: &Layer| {
+            specs.iter().filter(|other| other.name == spec.name.clone() + layer.suffix()).count()
+        };
         if !is_volume_name(&spec.name) || Layer::ALL.iter().map(same).sum::<usize>() != 1 {
             return Err(wrong(spec, "its name is another's, or none a volume can have"));
         }
@@ -209,7 +211,9 @@ pub fn plan(specs: &[VolumeSpec], deltas: &[&str]) -> Result<(Vec<Planned>, Byte
     }
     let unknown = deltas.iter().find(|name| !specs.iter().any(|spec| spec.name == **name));
     match unknown {
-        Some(name) => Err(((*name).to_owned(), "the savefile has changes of it, and there is no such volume".into())),
+        Some(name) => {
+            Err(((*name).to_owned(), "the savefile has changes of it, and there is no such volume".into()))
+        }
         None => Ok((planned, ByteCount(spilled))),
     }
 }

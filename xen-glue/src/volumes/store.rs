@@ -110,7 +110,10 @@ const fn content_chunk(entry: u64) -> u64 {
 /// Zero pages become content that is a hole in `out`, which must be empty.
 pub fn write_store(out: &File, volume: &VolumeInfo, map: &PageMap, raw: &File) -> io::Result<()> {
     if map.pages() != ByteCount(volume.virtual_bytes).pages_covering() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the changes are of a volume of another size"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the changes are of a volume of another size",
+        ));
     }
     let pages: u64 = map.runs().iter().map(|run| run.pages.count.0).sum();
     out.set_len((area_chunk(pages / ENTRIES) + 1).max(content_chunk(pages)) * PAGE_SIZE)?;
@@ -140,7 +143,9 @@ fn write_contents(out: &File, map: &PageMap, raw: &File) -> io::Result<()> {
         while !rest.is_empty() {
             // Contents are contiguous up to the next area.
             let count = rest.count.0.min(BATCH_PAGES).min(ENTRIES - entry % ENTRIES);
-            if let (Content::Data(_), Some(part)) = (run.content, buffer.get_mut(..(count * PAGE_SIZE) as usize)) {
+            if let (Content::Data(_), Some(part)) =
+                (run.content, buffer.get_mut(..(count * PAGE_SIZE) as usize))
+            {
                 raw.read_exact_at(part, rest.first.offset().0)?;
                 out.write_all_at(part, content_chunk(entry) * PAGE_SIZE)?;
             }
@@ -205,7 +210,8 @@ impl Changes {
 
     /// Those that a later store does not have as well.
     pub fn without(mut self, later: &Changes) -> Changes {
-        self.entries.retain(|(page, _)| later.entries.binary_search_by_key(page, |(known, _)| *known).is_err());
+        self.entries
+            .retain(|(page, _)| later.entries.binary_search_by_key(page, |(known, _)| *known).is_err());
         self
     }
 
@@ -214,7 +220,8 @@ impl Changes {
         let mut buffer = vec![0; (BATCH_PAGES * PAGE_SIZE) as usize];
         let mut rest = self.entries.as_slice();
         while let Some(&(page, at)) = rest.first() {
-            let follows = |(next, (known, place)): (u64, &(u64, u64))| *known == page + next && *place == at + next;
+            let follows =
+                |(next, (known, place)): (u64, &(u64, u64))| *known == page + next && *place == at + next;
             let count = (0..BATCH_PAGES).zip(rest).take_while(|pair| follows(*pair)).count();
             let (run, left) = rest.split_at(count);
             rest = left;

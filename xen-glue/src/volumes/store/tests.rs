@@ -120,7 +120,14 @@ fn read(out: &File) -> Result<Changes, StoreError> {
 fn hostile_stores_are_refused() {
     assert_eq!(read(&store_of(&[])).unwrap().entries, []);
     assert_eq!(read(&store_of(&[(5, 3), (4, 2)])).unwrap().entries, [(4, 2), (5, 3)]);
-    for bad in [vec![(PAGES, 2)], vec![(1, 400)], vec![(1, 1)], vec![(1, 258)], vec![(1, 2), (1, 3)], vec![(1, 2), (2, 2)]] {
+    for bad in [
+        vec![(PAGES, 2)],
+        vec![(1, 400)],
+        vec![(1, 1)],
+        vec![(1, 258)],
+        vec![(1, 2), (1, 3)],
+        vec![(1, 2), (2, 2)],
+    ] {
         assert!(matches!(read(&store_of(&bad)), Err(StoreError::Damaged(_))), "{bad:?}");
     }
     // Two full areas in a store that ends before a third.
