@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::errno::Errno;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::plan::{Device, Table};
@@ -26,6 +26,8 @@ const DM_MAJOR: u32 = 4;
 const LOOP_TRIES: u32 = 64;
 /// A device that somebody still has open is tried again after 1, 2, 4 … ms: half a second in all.
 const REMOVE_TRIES: u32 = 9;
+/// A snapshot that others disturb is tried again after 1, 2, 4 … ms.
+const LOAD_TRIES: u32 = 6;
 
 /// The kernel's devices.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub struct Kernel {
     control: Control,
     /// Locked while a loop device is found and taken, so that our own threads do not race for it.
     loops: Mutex<File>,
+    /// Locked while a snapshot's table is loaded; see [`Kernel::load_snapshot`].
+    snapshots: Mutex<File>,
     nodes: OwnedFd,
 }
 
@@ -56,7 +60,8 @@ impl Kernel {
             )));
         }
         let loops = Mutex::new(open(LOOP_CONTROL).map_err(without("loop"))?);
-        Ok(Kernel { control, loops, nodes: private_folder()? })
+        let snapshots = Mutex::new(open(DM_CONTROL)?);
+        Ok(Kernel { control, loops, snapshots, nodes: private_folder()? })
     }
 
     /// Opens a block device by its number.
@@ -88,8 +93,11 @@ impl Kernel {
     /// Makes a mapped device. On failure there is none.
     pub fn map(&self, name: &str, table: &Table) -> io::Result<Device> {
         let device = self.control.create(name)?;
-        let loaded = self.control.load(name, table).and_then(|()| self.control.resume(name));
-        match loaded {
+        let loaded = match table.target {
+            "snapshot" => self.load_snapshot(name, table),
+            _ => self.control.load(name, table),
+        };
+        match loaded.and_then(|()| self.control.resume(name)) {
             Ok(()) => Ok(device),
             Err(err) => {
                 let _ = self.control.remove(name, false);
@@ -100,6 +108,24 @@ impl Kernel {
                 }
             }
         }
+    }
+
+    /// Of several snapshots that are loaded at once, by whomever, some fail with ENOMEM and a warning in the kernel's log: each
+    /// load makes and destroys a slab cache of the same name, which is not atomic (dm-bufio, Linux 6.1 and before 6.12). So
+    /// ours take turns, across processes too, and one that others disturb is tried again.
+    fn load_snapshot(&self, name: &str, table: &Table) -> io::Result<()> {
+        let turn = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
+        rustix::fs::flock(&*turn, FlockOperation::LockExclusive)?;
+        let mut result = self.control.load(name, table);
+        for attempt in 0..LOAD_TRIES {
+            if !result.as_ref().is_err_and(|err| is(err, Errno::ENOMEM)) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(1 << attempt));
+            result = self.control.load(name, table);
+        }
+        rustix::fs::flock(&*turn, FlockOperation::Unlock)?;
+        result
     }
 
     /// Removes a mapped device, waiting shortly for whoever has it open. One that is not there is removed.

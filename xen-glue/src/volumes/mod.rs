@@ -192,7 +192,24 @@ impl Volumes {
     /// Removes them, shortly waiting for whoever still has them open, and then leaving it to the kernel to do it when
     /// nobody has.
     pub fn close(mut self) -> Result<(), VolumeError> {
-        self.stacks.iter_mut().try_for_each(Stack::remove)
+        self.remove()
+    }
+
+    /// All at once: to remove a device is to wait for grace periods of the kernel's, and these can be the same ones.
+    fn remove(&mut self) -> Result<(), VolumeError> {
+        let stacks = std::mem::take(&mut self.stacks);
+        thread::scope(|scope| {
+            let running: Vec<_> = stacks.into_iter().map(|mut stack| scope.spawn(move || stack.remove())).collect();
+            running.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).fold(Ok(()), Result::and)
+        })
+    }
+}
+
+impl Drop for Volumes {
+    fn drop(&mut self) {
+        if let Err(err) = self.remove() {
+            tracing::warn!("{err}");
+        }
     }
 }
 

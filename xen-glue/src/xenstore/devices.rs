@@ -20,6 +20,8 @@ use super::wire::{Access, Perm};
 use crate::hypercalls::DomId;
 use crate::volumes::Disk;
 
+/// No script has anything to do here, but netback does not start without the name of one, and `xl destroy` runs it.
+const NO_SCRIPT: &str = "/bin/true";
 const DOM0: DomId = DomId(0);
 const INITIALISING: &str = "1";
 const CONNECTED: &str = "4";
@@ -109,6 +111,7 @@ impl Device {
         ];
         let backend = vec![
             // For people and for xl; blkback goes by the number.
+            ("script", NO_SCRIPT.into()),
             ("params", format!("/dev/block/{device}")),
             ("removable", "0".into()),
             ("bootable", "1".into()),
@@ -136,8 +139,7 @@ impl Device {
             ("mtu", "1500".into()),
         ];
         let mut backend = vec![
-            // netback does not start without one, and runs it never: udev would, and has no rule for it.
-            ("script", String::new()),
+            ("script", NO_SCRIPT.into()),
             ("mac", mac),
             ("bridge", String::new()),
             ("handle", vif.number.to_string()),
