@@ -39,7 +39,7 @@ impl Machine for OnlyFacts {
         let facts = HostFacts { kind: self.0.into(), version, machine, cpu_model, accel: "pvh".into() };
         Ok(Box::new(NoGuests(facts)))
     }
-    fn sweep(&self, _: &State, _: &dyn Fn(u32) -> bool) -> Result<(), control_plane::error::Error> {
+    fn sweep(&self, _: &State, _: &dyn Fn(u32) -> bool) -> Result<()> {
         Ok(())
     }
 

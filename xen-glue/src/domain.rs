@@ -8,7 +8,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use engine::host::{AgentPipe, Capture, Confinement, Domain, GuestSpec, HostError};
@@ -70,6 +70,7 @@ pub struct XenDomain {
     shell: Option<Arc<Shell>>,
     volumes: Option<Volumes>,
     devices: Vec<DeviceId>,
+    unmapping: Option<JoinHandle<()>>,
     channel: Option<Channel>,
     steps: Steps,
 }
@@ -98,6 +99,7 @@ impl XenDomain {
             shell: Some(shell),
             volumes: Some(volumes),
             devices: Vec::new(),
+            unmapping: None,
             channel: None,
             steps,
         };
@@ -134,6 +136,7 @@ impl XenDomain {
     pub fn unpause(&mut self) -> Result<(), HostError> {
         self.xen.unpause(self.domid).map_err(|error| xen_error("unpause the domain", &error))?;
         self.steps.mark("unpaused");
+        self.unmap_meanwhile()?;
         let (domid, ids, steps) = (self.domid, self.devices.clone(), self.steps.clone());
         let look = move || {
             let connected = Xenstore::open()
@@ -148,9 +151,12 @@ impl XenDomain {
         looking.map(drop).map_err(HostError::io("watch the domain's devices"))
     }
 
-    /// `step` of its birth is over.
-    pub fn mark(&self, step: &'static str) {
-        self.steps.mark(step);
+    /// To unmap its frames takes about as long as to fill them: the guest does not wait for it.
+    fn unmap_meanwhile(&mut self) -> Result<(), HostError> {
+        let Some(shell) = self.shell.clone().filter(|_| self.unmapping.is_none()) else { return Ok(()) };
+        let spawned = thread::Builder::new().name("unmap".to_owned()).spawn(move || shell.unmap());
+        self.unmapping = Some(spawned.map_err(HostError::io("unmap the domain's frames"))?);
+        Ok(())
     }
 
     /// Ends it, whatever state it is in. The first error is the answer; what can be done after it is done.
@@ -160,6 +166,9 @@ impl XenDomain {
         // A guest that runs on would see its disks go first.
         let paused = self.xen.pause(self.domid).map_err(|error| xen_error("pause the domain", &error));
         let closed = devices::close(&self.store, self.domid, &self.devices, DEVICE_LIMIT);
+        if let Some(unmapping) = self.unmapping.take() {
+            let _ = unmapping.join();
+        }
         // Somebody who still fills it destroys it when it has noticed.
         let destroyed = Arc::into_inner(shell).map_or(Ok(()), Shell::destroy);
         let withdrawn = nodes::withdraw(&self.store, self.domid, &self.uuid);

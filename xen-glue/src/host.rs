@@ -14,7 +14,7 @@ use engine::savefile::{PageMap, VolumeInfo, DEVICE_STATE_MAX};
 use engine::units::ByteCount;
 use nix::errno::Errno;
 
-use crate::boot;
+use crate::boot::{self, BootError};
 use crate::device_state::{self, DeviceState};
 use crate::domain::{Parts, XenDomain};
 use crate::error::{chain, life_error, store_error, xen_error};
@@ -176,20 +176,14 @@ impl XenHost {
 /// Puts kernel, initrd and all that the guest is told of its machine into a fresh domain.
 fn load_kernel(spec: &GuestSpec, shell: &Shell) -> Result<(), HostError> {
     let step = "load the kernel";
-    let refused = |error: &dyn std::error::Error| HostError::Refused { step, reason: chain(error) };
-    let file = boot::kernel::read(&spec.kernel).map_err(|error| refused(&error))?;
-    let elf = boot::kernel::vmlinux(&file).map_err(|error| refused(&error))?;
-    let kernel = boot::elf::Kernel::parse(&elf).map_err(|error| refused(&error))?;
-    let initrd = std::fs::read(&spec.initrd).map_err(|source| HostError::Io {
-        step,
-        source: io::Error::new(source.kind(), format!("{}: {source}", spec.initrd.display())),
-    })?;
+    let refused = |error: BootError| match error {
+        BootError::Call { .. } => HostError::Hypervisor { step, message: chain(&error) },
+        error => HostError::Refused { step, reason: chain(&error) },
+    };
+    let files = boot::Files::read(&spec.kernel, &spec.initrd).map_err(refused)?;
     let cmdline = format!("{} {CONSOLE}", spec.cmdline);
-    let image = boot::plan::plan(&kernel, &initrd, &cmdline, shell.layout(), spec.vcpus)
-        .map_err(|error| refused(&error))?;
-    life::newborn(shell).map_err(|error| life_error(step, error))?;
-    boot::write(shell.xen().as_ref(), shell.domid(), &image)
-        .map_err(|error| HostError::Hypervisor { step, message: chain(&error) })
+    let image = files.plan(&cmdline, shell.layout(), spec.vcpus).map_err(refused)?;
+    boot::load(shell, &image).map_err(refused)
 }
 
 /// The state in a hot image, which must be that of such a guest.

@@ -22,13 +22,7 @@ pub const STORE_GFN: u64 = SPECIAL_FIRST + 4;
 /// The identity-mapping page table: `special_pfn(SPECIALPAGE_IDENT_PT)`.
 pub const IDENT_PT_GFN: u64 = SPECIAL_FIRST + 6;
 /// The console ring: `special_pfn(SPECIALPAGE_CONSOLE)`.
-<<<<<<< HEAD
-pub const CONSOLE_GFN: u64 = SPECIAL_FIRST + 4;
-/// The identity page table: `special_pfn(SPECIALPAGE_IDENT_PT)`.
-pub const IDENTITY_GFN: u64 = SPECIAL_FIRST + 6;
-=======
 pub const CONSOLE_GFN: u64 = SPECIAL_FIRST + 7;
->>>>>>> boot
 
 /// Which frames a guest has, in the order in which the memory image has them.
 #[derive(Clone, Debug, PartialEq, Eq)]

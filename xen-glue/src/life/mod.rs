@@ -7,7 +7,6 @@
 
 pub mod capture;
 pub mod fill;
-pub mod newborn;
 pub mod plan;
 pub mod restore;
 pub mod shell;
@@ -18,7 +17,6 @@ use engine::units::ByteCount;
 
 pub use capture::{capture, count_data, Captured};
 pub use fill::fill;
-pub use newborn::newborn;
 pub use restore::{finish, restore, shell_plan};
 pub use shell::{Ports, Ring, Rings, Shell, ShellPlan};
 

@@ -1,11 +1,7 @@
 //! A domain without content: made, with its vCPUs, its frames and its two rings, paused.
 
-<<<<<<< HEAD
-use std::sync::Arc;
-use std::time::Instant;
-=======
 use std::sync::{Arc, Mutex};
->>>>>>> core
+use std::time::Instant;
 
 use engine::units::PageRange;
 use nix::errno::Errno;
@@ -112,12 +108,9 @@ impl Shell {
             store: ring(plan.rings.store, remotes.store_domid),
             console: ring(plan.rings.console, remotes.console_domid),
             fresh_is_zero: false,
-<<<<<<< HEAD
-            created: Instant::now(),
-=======
             mapped: Mutex::new(Vec::new()),
->>>>>>> core
             ended: false,
+            created: Instant::now(),
         };
         shell.set_up(plan, special.len())?;
         shell.created = Instant::now();
