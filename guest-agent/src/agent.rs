@@ -24,7 +24,7 @@ use crate::failure::Failure;
 use crate::identity::Kit;
 use crate::outbox::{Outbox, FULL};
 use crate::place::Place;
-use crate::port::{Heard, Port};
+use crate::port::{Heard, Port, SLOTS};
 use crate::power;
 use crate::sys::{self, PollSlot};
 
@@ -102,21 +102,28 @@ impl Agent {
             self.spent = None;
         }
         let mut slots = std::mem::take(&mut self.slots);
-        self.watch(&mut slots);
-        sys::poll(&mut slots, self.timeout_ms())?;
-        let mut ready = &slots[1..];
+        let events = self.events();
+        self.watch(&mut slots, events);
+        let timeout_ms = if self.port.is_ready(events) { Some(0) } else { self.timeout_ms() };
+        sys::poll(&mut slots, timeout_ms)?;
+        let mut ready = &slots[SLOTS..];
         self.commands.serve(&mut ready, &mut self.outbox);
         self.serve_errand(&mut ready);
-        let heard = slots[0].revents & (libc::POLLIN | libc::POLLHUP | libc::POLLERR) != 0;
+        let heard = self.port.is_heard(&slots[..SLOTS], events);
         self.slots = slots;
         Ok(!heard || self.listen())
     }
 
-    fn watch(&self, slots: &mut Vec<PollSlot>) {
+    /// What is waited for at the port.
+    fn events(&self) -> i16 {
         let listen = if self.outbox.waiting() < FULL { libc::POLLIN } else { 0 };
         let speak = if self.outbox.waiting() > 0 { libc::POLLOUT } else { 0 };
+        listen | speak
+    }
+
+    fn watch(&self, slots: &mut Vec<PollSlot>, events: i16) {
         slots.clear();
-        slots.push(self.port.slot(listen | speak));
+        slots.extend(self.port.slots(events));
         self.commands.watch(slots, &self.outbox);
         if let Some(errand) = &self.errand {
             errand.watch(slots);
@@ -347,7 +354,7 @@ impl Agent {
 
     /// Errors of writing show as a hang-up when reading.
     fn flush(&mut self) {
-        let port = &self.port;
+        let port = &mut self.port;
         let _ = self.outbox.flush(|bytes| port.write(bytes));
     }
 

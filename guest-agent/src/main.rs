@@ -6,7 +6,7 @@ use guest_agent::agent::Agent;
 use guest_agent::cgroup::Freezer;
 use guest_agent::failure::{Failure, Step};
 use guest_agent::place::Place;
-use guest_agent::port::Port;
+use guest_agent::port::{Port, Site};
 use guest_agent::session::{self, Session};
 use guest_agent::sys;
 
@@ -33,9 +33,9 @@ fn main() -> ExitCode {
 fn serve() -> Result<(), Failure> {
     sys::reset_signals();
     let freezer = Freezer::enter();
-    let device = Port::find();
+    let site = Site::find();
     let session = Session::wait(&session::runtime_folder(session::UID), session::UID);
     let place = Place::in_session(session.as_ref())?;
-    let port = Port::open(&device)?;
+    let port = Port::open(&site)?;
     Agent::new(port, place, session.is_some(), freezer).run().step(|| "serve the host")
 }

@@ -1,8 +1,9 @@
 //! The agent's only unsafe code: the system calls that no crate wraps safely, each as a safe function.
 //!
-//! Starting commands is a matter of its own: [`spawn`].
+//! Starting commands is a matter of its own: [`spawn`]; so is Xen: [`xen`].
 
 mod spawn;
+pub mod xen;
 
 pub use spawn::{c_string, launch, CStrings, Launch, LaunchError, Zygote};
 

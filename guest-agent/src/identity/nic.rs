@@ -5,6 +5,10 @@
 //! and bringing it up costs a clone nothing. IPv6, with which a kernel speaks up on its own, is off on it: guests get IPv4 only.
 //! An interface that was not parked is down while it gets its MAC and address.
 //!
+//! A Xen card's MAC is its backend's to say: the driver reads it from xenstore whenever it connects, which it does in the background after
+//! a restore, and until then its carrier is off and nothing is sent. So it is given its address at once, without a MAC and without
+//! waiting for the backend.
+//!
 //! Classic ioctls where they do one thing; the address by one netlink message, because the ioctls set it with a wrong prefix
 //! first and then move it, which is three times the work.
 
@@ -38,6 +42,8 @@ pub struct Nic {
     socket: OwnedFd,
     netlink: OwnedFd,
     parked: bool,
+    /// Xen's, or one that takes the MAC it is told.
+    xen: bool,
 }
 
 impl Nic {
@@ -58,7 +64,8 @@ impl Nic {
             *to = from;
         }
         let index = index.trim_end().parse().unwrap_or(0);
-        Ok(Some(Self { name: padded, index, socket: socket_inet, netlink, parked: false }))
+        let xen = is_xens(&interfaces.join(&name));
+        Ok(Some(Self { name: padded, index, socket: socket_inet, netlink, parked: false, xen }))
     }
 
     /// Takes everything from it that is the template's, and leaves it up and silent.
@@ -76,9 +83,11 @@ impl Nic {
 
     /// Gives it its MAC, address and default route, and brings it up.
     pub fn configure(&self, mac: [u8; 6], network: Option<&Network>) -> Result<(), Failure> {
-        let live = self.parked && self.request(SIOCSIFHWADDR, hardware_address(mac)).is_ok();
+        let live = self.parked && (self.xen || self.request(SIOCSIFHWADDR, hardware_address(mac)).is_ok());
         if !live {
             self.take_down()?;
+        }
+        if !live && !self.xen {
             self.request(SIOCSIFHWADDR, hardware_address(mac)).step(|| "set the MAC")?;
         }
         if let Some(network) = network {
@@ -205,6 +214,10 @@ fn first_ethernet(interfaces: &Path) -> Option<String> {
     });
     let ranked = ethernet.map(|entry| (!entry.path().join("device").exists(), entry.file_name()));
     ranked.min().map(|(_, name)| name.to_string_lossy().into_owned())
+}
+
+fn is_xens(interface: &Path) -> bool {
+    fs::read_to_string(interface.join("device/modalias")).is_ok_and(|alias| alias.trim_end() == "xen:vif")
 }
 
 /// `struct sockaddr` with a MAC.

@@ -1,7 +1,7 @@
-//! The byte stream to the host: a virtio-serial port.
+//! A port that the kernel has made a file of: a virtio-serial port, and in tests a socket.
 //!
-//! Invariants: reads and writes never block. While no host is connected a port is always "readable" and reads give 0, so it is never
-//! polled for reading then, but asked again after growing pauses.
+//! Invariant: while no host is connected a virtio port is always "readable" and reads give 0, so it is never polled for reading then,
+//! but asked again after growing pauses.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
+use super::Heard;
 use crate::failure::{Failure, Step};
 use crate::sys::{self, PollSlot};
 
@@ -23,7 +24,7 @@ const HOST_PAUSE_MIN: Duration = Duration::from_millis(1);
 const HOST_PAUSE_MAX: Duration = Duration::from_millis(50);
 
 /// An open port.
-pub struct Port {
+pub struct Stream {
     file: File,
     hangup: Hangup,
 }
@@ -37,18 +38,7 @@ enum Hangup {
     Final,
 }
 
-/// What a read gave.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Heard {
-    /// So many bytes.
-    Bytes(usize),
-    /// None now.
-    Nothing,
-    /// The host is gone.
-    Hangup,
-}
-
-impl Port {
+impl Stream {
     /// Waits until the guest's port exists and gives its device.
     pub fn find() -> PathBuf {
         loop {
@@ -67,7 +57,7 @@ impl Port {
         Ok(Self { file, hangup: Hangup::HostMayReturn })
     }
 
-    /// Takes a connected, non-blocking socket over, whose end is the agent's end.
+    /// Takes a connected, non-blocking socket over.
     pub fn over_socket(socket: OwnedFd) -> Self {
         Self { file: socket.into(), hangup: Hangup::Final }
     }

@@ -1,0 +1,217 @@
+//! The agent's vchan: offered to dom0, let go when dom0 has gone, offered anew. What both ends have agreed on is in crate `vchan`.
+//!
+//! Invariants:
+//! - once a channel is let go, nothing of it is left when its nodes disappear: no grant, no event channel. A guest may be captured then;
+//! - a suspend ends a channel without anyone's doing. The agent is woken by a watch on `domid`, which the guest's kernel registers
+//!   again after each suspend, and compares what it has offered with what the nodes say.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use vchan::end::{write_grants, End, Peer, Want};
+use vchan::layout::{Layout, PAGE_BYTES};
+use vchan::shared::Shared;
+use vchan::{AGENT_ORDERS, EVENT_CHANNEL, OFFER, REQUEST, RING_REF};
+
+use super::xenbus::{Answer, Request, Xenbus};
+use super::{Heard, SLOTS};
+use crate::sys::{self, xen, PollSlot};
+
+const GNTALLOC: &str = "/dev/xen/gntalloc";
+const EVTCHN: &str = "/dev/xen/evtchn";
+
+/// Tokens of the watches.
+const RESUMED: &str = "resumed";
+const ASKED: &str = "asked";
+/// Nobody but the toolstack writes it, and only before the guest runs.
+const DOMID: &str = "domid";
+
+/// The port.
+pub struct Vchan {
+    xenbus: Xenbus,
+    offer: Option<Offer>,
+    /// The last request that an offer has met.
+    served: Answer,
+    /// A suspend has ended the channel.
+    void: bool,
+}
+
+/// A channel. The order of the fields is that in which it ends: pages are unmapped before their grants are given back.
+struct Offer {
+    end: End,
+    /// What keeps the grants.
+    _grants: File,
+    bell: Bell,
+    /// The first page's grant.
+    grant: u32,
+}
+
+/// The event channel.
+struct Bell {
+    file: File,
+    port: u32,
+}
+
+impl Vchan {
+    /// Makes the first offer.
+    pub fn open() -> io::Result<Self> {
+        let mut xenbus = Xenbus::open()?;
+        xenbus.watch(DOMID, RESUMED)?;
+        xenbus.watch(REQUEST, ASKED)?;
+        let mut port = Self { xenbus, offer: None, served: None, void: false };
+        // Left by an agent that was killed.
+        port.xenbus.ask(&[Request::rm(OFFER)])?;
+        port.offer()?;
+        Ok(port)
+    }
+
+    /// Reads what there is.
+    pub fn read(&mut self, buffer: &mut [u8]) -> Heard {
+        let Some(offer) = self.offer.as_mut().filter(|_| !self.void) else { return Heard::Hangup };
+        // Asked first: what it wrote before it went is seen by the read then.
+        let gone = offer.end.peer() == Peer::Gone;
+        match offer.end.read(buffer) {
+            Ok((0, _)) if gone => Heard::Hangup,
+            Ok((0, _)) => Heard::Nothing,
+            Ok((count, tell)) => {
+                offer.bell.ring(tell);
+                Heard::Bytes(count)
+            }
+            Err(_) => Heard::Hangup,
+        }
+    }
+
+    /// Writes what fits.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(offer) = &mut self.offer else { return Err(ErrorKind::NotConnected.into()) };
+        match offer.end.write(bytes) {
+            Ok((0, _)) if !bytes.is_empty() => Err(ErrorKind::WouldBlock.into()),
+            Ok((count, tell)) => {
+                offer.bell.ring(tell);
+                Ok(count)
+            }
+            Err(lie) => Err(io::Error::other(lie)),
+        }
+    }
+
+    /// Lets the channel go; offers another one after a suspend, or when a host asks for it.
+    pub fn wait_for_host(&mut self) -> io::Result<()> {
+        self.let_go()?;
+        let mut resumed = std::mem::take(&mut self.void);
+        while !resumed && self.xenbus.read(REQUEST)? == self.served {
+            resumed = self.xenbus.wait_for_event()? == RESUMED.as_bytes();
+        }
+        self.offer()
+    }
+
+    /// Slots of poll: the event channel, and xenstore.
+    pub fn slots(&self) -> [PollSlot; SLOTS] {
+        let bell = self.offer.as_ref().map(|offer| offer.bell.file.as_fd());
+        [sys::slot(bell, libc::POLLIN), self.xenbus.slot()]
+    }
+
+    /// Whether what is waited for is there already; has the host tell when it comes if not.
+    pub fn is_ready(&self, events: i16) -> bool {
+        let Some(offer) = self.offer.as_ref().filter(|_| !self.void) else { return true };
+        let ready = |event, want| events & event != 0 && offer.end.ask(want).unwrap_or(true);
+        ready(libc::POLLIN, Want::Bytes) || ready(libc::POLLOUT, Want::Room) || offer.end.peer() == Peer::Gone
+    }
+
+    /// Takes notice of what woke the agent, and tells whether to read.
+    pub fn is_heard(&mut self, slots: &[PollSlot], events: i16) -> bool {
+        let woken = |at: usize| slots.get(at).is_some_and(|slot| slot.revents != 0);
+        if woken(0) {
+            self.offer.iter().for_each(|offer| offer.bell.hear());
+        }
+        if woken(1) {
+            self.void |= self.is_void().unwrap_or(true);
+        }
+        let Some(offer) = self.offer.as_ref().filter(|_| !self.void) else { return true };
+        let listens = events & libc::POLLIN != 0;
+        offer.end.peer() == Peer::Gone || offer.end.readable().map_or(true, |count| listens && count > 0)
+    }
+
+    /// Whether a suspend has ended the channel: its nodes are not what was written.
+    fn is_void(&mut self) -> io::Result<bool> {
+        let mut resumed = false;
+        while let Some(token) = self.xenbus.event()? {
+            resumed |= token == RESUMED.as_bytes();
+        }
+        // A request is met by the offer that stands.
+        let Some(offer) = self.offer.as_ref().filter(|_| resumed) else { return Ok(false) };
+        let written = offer.grant.to_string().into_bytes();
+        Ok(self.xenbus.read(&format!("{OFFER}/{RING_REF}"))? != Some(written))
+    }
+
+    fn offer(&mut self) -> io::Result<()> {
+        let offer = Offer::make()?;
+        let answers = self.xenbus.ask(&[
+            Request::write(&format!("{OFFER}/{EVENT_CHANNEL}"), &offer.bell.port.to_string()),
+            Request::write(&format!("{OFFER}/{RING_REF}"), &offer.grant.to_string()),
+            Request::read(REQUEST),
+        ])?;
+        self.served = answers.into_iter().last().flatten();
+        self.offer = Some(offer);
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> io::Result<()> {
+        if let Some(offer) = self.offer.take() {
+            offer.end.hang_up();
+            offer.bell.ring(true);
+        }
+        self.xenbus.ask(&[Request::rm(OFFER)]).map(drop)
+    }
+}
+
+impl Offer {
+    fn make() -> io::Result<Self> {
+        let layout = Layout::new(AGENT_ORDERS).map_err(io::Error::other)?;
+        let (left, right) = (layout.left_pages(), layout.right_pages());
+        let bell = Bell::new()?;
+        let grants = device(GNTALLOC)?;
+        let (at, list) = xen::grant_pages(&grants, 1 + left + right)?;
+        let map = |page: usize, count: usize| {
+            let mapping = xen::map_granted(&grants, at + (page * PAGE_BYTES) as u64, count * PAGE_BYTES);
+            mapping.map(Shared::new)
+        };
+        let page = map(0, 1)?;
+        let (first, rings) = list.split_first().ok_or(ErrorKind::InvalidData)?;
+        let (left_grants, right_grants) = rings.split_at(left);
+        write_grants(&page, &layout, left_grants, right_grants);
+        let end = End::serve(page, Some(map(1, left)?), Some(map(1 + left, right)?), layout);
+        let end = end.map_err(io::Error::other)?;
+        xen::clear_at_end(&grants, at + end.live_at() as u64, bell.port)?;
+        Ok(Self { end, _grants: grants, bell, grant: *first })
+    }
+}
+
+impl Bell {
+    fn new() -> io::Result<Self> {
+        let file = device(EVTCHN)?;
+        let port = xen::bind_unbound(&file)?;
+        Ok(Self { file, port })
+    }
+
+    /// Notifies the host, if it wants to be. Without a host nobody hears it.
+    fn ring(&self, tell: bool) {
+        if tell {
+            let _ = xen::notify(self.file.as_fd(), self.port);
+        }
+    }
+
+    /// Takes the events that have come, and lets more come.
+    fn hear(&self) {
+        let mut ports = [0; 64];
+        if let Ok(count) = (&self.file).read(&mut ports) {
+            let _ = (&self.file).write(&ports[..count]);
+        }
+    }
+}
+
+fn device(path: &str) -> io::Result<File> {
+    let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
+    OpenOptions::new().read(true).write(true).custom_flags(options).open(path)
+}
