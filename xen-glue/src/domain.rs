@@ -308,7 +308,7 @@ impl Domain for XenDomain {
     }
 
     fn steps(&mut self) -> Vec<(&'static str, Instant)> {
-        if let Some(at) = self.channel.as_mut().and_then(Channel::connected_at) {
+        if let Some(at) = self.channel.as_ref().and_then(Channel::connected_at) {
             self.steps.mark_at("agent ready", at);
         }
         self.steps.take()

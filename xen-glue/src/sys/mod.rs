@@ -4,6 +4,8 @@
 
 pub mod buffer;
 pub mod device_mapper;
+pub mod evtchn;
+pub mod gntdev;
 pub mod loop_device;
 pub mod mapping;
 pub mod privcmd;
