@@ -128,9 +128,7 @@ fn set_param(xen: &dyn Hypercalls, domid: DomId, index: u64, value: u64) -> Resu
 ///
 /// What it leaves on an error is for whoever drops the domain.
 pub fn write(xen: &dyn Hypercalls, domid: DomId, image: &BootImage) -> Result<(), BootError> {
-    for piece in &image.pieces {
-        write_piece(xen, domid, piece)?;
-    }
+    write_memory(xen, domid, image)?;
     let call = |step: &str| {
         let step = format!("{step} of domain {domid}");
         move |source| BootError::Call { step, source }
@@ -142,6 +140,10 @@ pub fn write(xen: &dyn Hypercalls, domid: DomId, image: &BootImage) -> Result<()
     let context = vcpu::context(&own, image.entry, image.start_info, apic_id);
     let context = context.map_err(|source| BootError::Context { domid, source })?;
     xen.set_hvm_context(domid, &context).map_err(call("load the HVM context"))
+}
+
+fn write_memory(xen: &dyn Hypercalls, domid: DomId, image: &BootImage) -> Result<(), BootError> {
+    image.pieces.iter().try_for_each(|piece| write_piece(xen, domid, piece))
 }
 
 fn write_piece(xen: &dyn Hypercalls, domid: DomId, piece: &Piece) -> Result<(), BootError> {
@@ -188,9 +190,81 @@ fn steps(piece: &Range<u64>) -> Vec<Step> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use engine::units::ByteCount;
+    use nix::errno::Errno;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::hypercalls::Uuid;
+    use crate::life::{Ports, Rings, ShellPlan};
+    use crate::simulated::{Fault, Left, Machine};
+
+    const DIRT: u8 = 0xc2;
+    const GUEST: ByteCount = ByteCount(4 << 20);
+
+    /// A kernel at 1 MiB whose code ends inside a frame, and its zeros inside another one.
+    fn files() -> Files {
+        let segment: (u64, &[u8], u64) = (0x10_0000, &[0x90; 0x1234], 0x3456);
+        let vmlinux = elf::tests::elf(&[segment], &elf::tests::notes(0x10_0010));
+        Files { vmlinux, initrd: vec![0x55; 0x2001] }
+    }
+
+    fn shell(xen: &Arc<dyn Hypercalls>) -> Result<Shell, LifeError> {
+        let layout = Layout::fresh(GUEST);
+        let (rings, further) = (Rings::default(), Vec::new());
+        let plan =
+            ShellPlan { uuid: Uuid([1; 16]), vcpus: 2, layout, rings, further, tsc: None, policy: None };
+        Shell::create(xen, &plan, Ports { store_domid: DomId(0), console_domid: DomId(0) })
+    }
+
+    #[test]
+    fn memory_that_was_somebody_else_s_holds_the_plan_and_nothing_more() {
+        let machine = Arc::new(Machine::new(ByteCount(64 << 20)).with_fresh_byte(DIRT));
+        let xen: Arc<dyn Hypercalls> = machine.clone();
+        let shell = shell(&xen).unwrap();
+        let files = files();
+        let image = files.plan("console=hvc0", shell.layout(), 2).unwrap();
+        write_memory(xen.as_ref(), shell.domid(), &image).unwrap();
+
+        let mut expected = vec![DIRT; GUEST.0 as usize];
+        for piece in &image.pieces {
+            let place = &mut expected[piece.address as usize..][..piece.size() as usize];
+            match &piece.content {
+                Content::Bytes(bytes) => place.copy_from_slice(bytes),
+                Content::Zeros(_) => place.fill(0),
+            }
+        }
+        for (gfn, expected) in expected.chunks(PAGE_BYTES).enumerate() {
+            let frame = machine.frame(shell.domid(), gfn as u64).unwrap();
+            assert!(frame == *expected, "gfn {gfn:#x}");
+        }
+        drop(shell);
+        assert_eq!(machine.left(), Left::default());
+    }
+
+    #[test]
+    fn whatever_call_fails_nothing_is_left() {
+        let files = files();
+        let attempt = |machine: &Arc<Machine>| {
+            let xen: Arc<dyn Hypercalls> = machine.clone();
+            let shell = shell(&xen).ok()?;
+            let image = files.plan("", shell.layout(), 2).unwrap();
+            load(&shell, &image).err()
+        };
+        let machine = Arc::new(Machine::new(ByteCount(64 << 20)));
+        // A simulated newborn's context has no records: so far this gets there.
+        assert!(matches!(attempt(&machine), Some(BootError::Context { .. })));
+        let last = machine.calls().iter().position(|call| *call == "XEN_DOMCTL_gethvmcontext").unwrap();
+        for call in 1..=last + 1 {
+            let machine = Arc::new(Machine::new(ByteCount(64 << 20)));
+            machine.fail(call, Fault::Refuse(Errno::ENOMEM));
+            let error = attempt(&machine);
+            assert!(!matches!(error, Some(BootError::Context { .. })), "call {call}: {error:?}");
+            assert_eq!(machine.left(), Left::default(), "call {call}");
+        }
+    }
 
     #[test]
     fn a_piece_may_begin_and_end_inside_a_frame() {
