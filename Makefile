@@ -1,5 +1,5 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test fuzz soak simulate bench bench-short lint setup build guests man install help
+.PHONY: demo test fuzz soak simulate bench bench-short lint setup build guests dom0 xen-test xen-soak man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
@@ -12,8 +12,10 @@ help:
 	@echo 'make test   all tests, and every fuzz target for two seconds or more'
 	@echo 'make fuzz   every fuzz target, FUZZ_SECONDS=$(FUZZ_SECONDS) in all'
 	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
+	@echo 'make xen-test  the tests on a real Xen host alone, under software emulation; make xen-soak for its launches'
 	@echo 'make simulate   every step of every operation failed and killed, then SEEDS=3000 random ones from FROM=1'
 	@echo 'make bench  benches; make bench-short for their short mode'
+	@echo 'make dom0   the static binaries for a dom0, into target/dom0'
 	@echo 'make man    manual pages and shell completions, into target/share'
 	@echo 'make install  binaries, manual pages and completions, below PREFIX ($(PREFIX))'
 	@echo 'make lint   clippy with warnings denied, rustfmt'
@@ -24,8 +26,11 @@ setup:
 build: setup
 	@$(CARGO) build --release --workspace --bins
 
-guests: build
+guests: build dom0
 	@fixtures/build-all.sh target
+
+dom0: build
+	@tools/dom0.sh target/release target/dom0
 
 demo: build
 	@fixtures/build-all.sh target debian
@@ -35,11 +40,20 @@ test: guests
 	@tools/without-swap.sh $(CARGO) test --release --workspace
 	@tools/fuzz.sh all 24
 
+# Cargo's --test takes patterns: one file for each part of it.
+xen-test: build dom0
+	@fixtures/build-all.sh target test qemu7 xen
+	@$(CARGO) test --release -p fixtures --test 'xen_*'
+
 fuzz: setup
 	@tools/fuzz.sh all $(FUZZ_SECONDS)
 
 soak: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p fixtures --bin soak -- 1000
+
+xen-soak: build dom0
+	@fixtures/build-all.sh target test qemu7 xen
+	@$(CARGO) run --release -q -p fixtures --bin xen-soak
 
 FROM ?= 1
 SEEDS ?= 3000

@@ -33,6 +33,8 @@ need mke2fs e2fsprogs
 need ip iproute2 # the tests of tap interfaces
 need depmod kmod
 need cpio cpio
+need readelf binutils
+need setpriv util-linux
 need zstd zstd
 need xz xz-utils
 need /etc/ssl/certs/ca-certificates.crt ca-certificates
