@@ -134,6 +134,8 @@ pub struct XenVersion {
     pub domctl: u32,
     /// XENVER_capabilities: "xen-3.0-x86_64 hvm-3.0-x86_32 …".
     pub capabilities: String,
+    /// The command line it was booted with.
+    pub command_line: String,
 }
 
 /// What a new domain is to be.
@@ -230,6 +232,8 @@ pub trait Mapping: Send + Sync {
     fn copy_to(&self, offset: usize, to: &mut [u8]);
     /// Writes bytes into them.
     fn copy_from(&self, offset: usize, from: &[u8]);
+    /// Makes bytes of them zero.
+    fn zero(&self, offset: usize, length: usize);
     /// Reads `length` bytes of a file, from `at` on, into them. Error: the file's, or UnexpectedEof where it is too short.
     fn read_from(&self, offset: usize, file: &File, at: u64, length: usize) -> io::Result<()>;
     /// How many bytes there are.

@@ -52,4 +52,8 @@ pub mod version {
     pub const CAPABILITIES: u64 = 3;
     /// Its size.
     pub const CAPABILITIES_BYTES: usize = 1024;
+    /// XENVER_commandline: 1024 bytes of text.
+    pub const COMMAND_LINE: u64 = 9;
+    /// Its size.
+    pub const COMMAND_LINE_BYTES: usize = 1024;
 }

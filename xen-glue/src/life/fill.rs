@@ -1,7 +1,7 @@
 //! A domain's frames filled from a memory image.
 //!
-//! Only frames the image has data for are mapped, a bounded number at a time. It needs nothing but the domain, so it can run
-//! on a thread beside whatever else a launch does.
+//! Where the image has a hole the frame is made zero, unless it is known to be: then it is not even mapped. It needs nothing
+//! but the domain, so it can run on a thread beside whatever else a launch does.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -19,14 +19,15 @@ use crate::layout::Layout;
 /// Frames mapped at once: 16 MiB. The kernel holds the process's map lock for as long as it maps them.
 const BATCH: u64 = 4096;
 
-/// A piece of the image and the frames it belongs to: `frames` begins where `image` does, and is as long.
+/// Frames, and what goes into them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
-    image: PageIndex,
     frames: PageRange,
+    /// Where in the image it begins; `None` for a hole.
+    image: Option<PageIndex>,
 }
 
-/// Reads the image's data into the shell's frames. Where the image has a hole the frame reads as zero.
+/// Makes the shell's frames what the image says.
 ///
 /// The frames stay mapped until [`Shell::unmap`]: to unmap them takes as long as to fill them, and is not needed for the
 /// guest to run. The image is read, not mapped: a file that shrinks is an error then and no SIGBUS, and it takes less than
@@ -71,9 +72,12 @@ fn read(shell: &Shell, image: &File, (batch, frames): Mapped<'_>) -> Result<(), 
     let mut to = 0;
     for piece in batch {
         let length = piece.frames.count.buffer_len();
-        frames
-            .read_from(to, image, piece.image.offset().0, length)
-            .map_err(LifeError::io("read the memory image", shell.domid()))?;
+        match piece.image {
+            Some(from) => frames
+                .read_from(to, image, from.offset().0, length)
+                .map_err(LifeError::io("read the memory image", shell.domid()))?,
+            None => frames.zero(to, length),
+        }
         to += length;
     }
     shell.keep_mapped(frames);
@@ -110,35 +114,44 @@ fn check_size(shell: &Shell, image: &File) -> Result<PageCount, LifeError> {
     Ok(needed)
 }
 
-/// What is to be copied, in batches of at most [`BATCH`] frames.
+/// What is to be done, in batches of at most [`BATCH`] frames.
 fn batches(shell: &Shell, image: &File, pages: PageCount) -> Result<Vec<Vec<Piece>>, LifeError> {
-    let data = if shell.fresh_is_zero() {
-        data_extents(image, pages)
-            .map_err(LifeError::io("look for data in the memory image", shell.domid()))?
-    } else {
-        vec![PageRange::new(0, pages.0)]
-    };
-    Ok(batched(&pieces(shell.layout(), &data)))
+    let look = LifeError::io("look for data in the memory image", shell.domid());
+    let data = data_extents(image, pages).map_err(look)?;
+    let mut pieces = pieces(shell.layout(), &data);
+    if shell.fresh_is_zero() {
+        pieces.retain(|piece| piece.image.is_some());
+    }
+    Ok(batched(&pieces))
 }
 
-/// Each run of data of the image as pieces that lie in one run of frames each.
+/// All frames of the layout as pieces that are either data or a hole; `data` is where the image has data.
 fn pieces(layout: &Layout, data: &[PageRange]) -> Vec<Piece> {
     let mut pieces = Vec::new();
     let mut data = data.iter().copied().peekable();
     let mut image_first = 0;
     for run in layout.runs() {
         let here = PageRange::new(image_first, run.count.0);
+        let mut push = |first: u64, end: u64, is_data: bool| {
+            if first < end {
+                let frames = PageRange::new(run.first.0 + (first - image_first), end - first);
+                pieces.push(Piece { frames, image: is_data.then_some(PageIndex(first)) });
+            }
+        };
+        let mut next = image_first;
         while let Some(extent) = data.peek() {
             if let Some(part) = extent.intersection(here) {
-                let gfn = run.first.0 + (part.first.0 - image_first);
-                pieces.push(Piece { image: part.first, frames: PageRange::new(gfn, part.count.0) });
+                push(next, part.first.0, false);
+                push(part.first.0, part.end().0, true);
+                next = part.end().0;
             }
             if extent.end() > here.end() {
                 break;
             }
             data.next();
         }
-        image_first += run.count.0;
+        push(next, here.end().0, false);
+        image_first = here.end().0;
     }
     pieces
 }
@@ -151,8 +164,8 @@ fn batched(pieces: &[Piece]) -> Vec<Vec<Piece>> {
         let mut left = *piece;
         while left.frames.count.0 > 0 {
             let count = left.frames.count.0.min(room);
-            batch.push(Piece { image: left.image, frames: PageRange::new(left.frames.first.0, count) });
-            left.image.0 += count;
+            batch.push(Piece { frames: PageRange::new(left.frames.first.0, count), ..left });
+            left.image = left.image.map(|image| PageIndex(image.0 + count));
             left.frames = PageRange::new(left.frames.first.0 + count, left.frames.count.0 - count);
             room -= count;
             if room == 0 {
@@ -184,7 +197,7 @@ mod tests {
     }
 
     proptest! {
-        /// Each page with data goes to the frame that the layout has at its place, once and in order.
+        /// Each frame once and in order, with the page that the image has at its place or as a hole.
         #[test]
         fn every_page_goes_to_its_frame(
             frames in proptest::collection::vec((0u64..50, 1u64..6000), 1..6),
@@ -194,20 +207,21 @@ mod tests {
             let image = PageRange::new(0, layout.pages().0);
             let data: Vec<PageRange> = runs(&data).iter().filter_map(|run| run.intersection(image)).collect();
             let gfns = super::super::shell::frames_of(layout.runs());
-            let expected: Vec<(u64, u64)> = data
-                .iter()
-                .flat_map(|run| run.pages())
-                .map(|page| (page.0, gfns[page.0 as usize]))
+            let expected: Vec<(u64, Option<u64>)> = (0..)
+                .zip(gfns)
+                .map(|(page, gfn)| (gfn, data.iter().any(|run| run.first.0 <= page && page < run.end().0).then_some(page)))
                 .collect();
             let batches = batched(&pieces(&layout, &data));
             let all = batches.iter().rev().skip(1).all(|batch| {
                 batch.iter().map(|piece| piece.frames.count.0).sum::<u64>() == BATCH
             });
             prop_assert!(all);
-            let found: Vec<(u64, u64)> = batches
+            let found: Vec<(u64, Option<u64>)> = batches
                 .iter()
                 .flatten()
-                .flat_map(|piece| (piece.image.0..).zip(piece.frames.pages().map(|gfn| gfn.0)))
+                .flat_map(|piece| {
+                    (0..).zip(piece.frames.pages()).map(|(at, gfn)| (gfn.0, piece.image.map(|image| image.0 + at)))
+                })
                 .collect();
             prop_assert_eq!(found, expected);
         }

@@ -87,6 +87,26 @@ pub fn needed_for(layout: &Layout, vcpus: u32) -> ByteCount {
     needed(layout, SPECIAL_COUNT as usize, vcpus)
 }
 
+/// Whether a Xen with this command line scrubs all memory before it gives it away.
+///
+/// It does so with the memory of a domain that ended, not with pages that a living one hands back: those come to us with what
+/// that guest has left in them, unless scrub-domheap asks for more (`xen/common/page_alloc.c`, `free_domheap_pages`). And it
+/// does so with what nobody ever had, unless bootscrub forbids it.
+pub fn scrubs_all(command_line: &str) -> bool {
+    let option = |name: &str, unset| {
+        let values = command_line.split_ascii_whitespace().filter_map(|word| match word.split_once('=') {
+            Some((key, value)) if key == name => {
+                Some(matches!(value, "1" | "on" | "yes" | "true" | "enable" | "idle"))
+            }
+            None if word == name => Some(true),
+            None if word.strip_prefix("no-") == Some(name) => Some(false),
+            _ => None,
+        });
+        values.last().unwrap_or(unset)
+    };
+    option("scrub-domheap", false) && option("bootscrub", true)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -141,6 +161,27 @@ mod tests {
             let extents = Extents { order: LARGE_ORDER, first: (0..count).map(|at| at * 512).collect() };
             let left: Vec<u64> = in_single_frames(&extents, done).into_iter().flat_map(|call| call.first).collect();
             prop_assert_eq!(left, (done * 512..count * 512).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn only_a_xen_that_is_told_to_scrubs_all() {
+        for line in [
+            "scrub-domheap",
+            "loglvl=info scrub-domheap=1 bootscrub=idle",
+            "scrub-domheap=0 scrub-domheap=yes",
+        ] {
+            assert!(scrubs_all(line), "{line}");
+        }
+        for line in [
+            "",
+            "no-scrub-domheap",
+            "scrub-domheap=off",
+            "scrub-domheap bootscrub=0",
+            "scrub-domheap no-bootscrub",
+            "scrub",
+        ] {
+            assert!(!scrubs_all(line), "{line}");
         }
     }
 

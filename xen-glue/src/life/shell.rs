@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use engine::image::scan::is_zero;
 use engine::units::PageRange;
 use nix::errno::Errno;
 
@@ -154,8 +155,8 @@ impl Shell {
         let pages = self.xen.map(self.domid, special).map_err(LifeError::call("map its special pages"))?;
         let mut bytes = vec![0; pages.len()];
         pages.copy_to(0, &mut bytes);
-        // Release builds of Xen scrub what is freed to zero, debug builds do not.
-        self.fresh_is_zero = engine::image::scan::is_zero(&bytes);
+        // Debug builds of Xen scrub to something else than zero.
+        self.fresh_is_zero = plan::scrubs_all(&self.xen.version().command_line) && is_zero(&bytes);
         bytes.fill(0);
         pages.copy_from(0, &bytes);
         Ok(())
@@ -232,7 +233,7 @@ impl Shell {
         self.console
     }
 
-    /// Whether frames nobody has written to read as zero.
+    /// Whether frames nobody has written to are known to read as zero; see [`plan::scrubs_all`].
     pub fn fresh_is_zero(&self) -> bool {
         self.fresh_is_zero
     }

@@ -51,6 +51,10 @@ impl Mapping for SimulatedMapping {
         self.each(offset, from.len(), |at, bytes| bytes.copy_from_slice(&from[at..at + bytes.len()]));
     }
 
+    fn zero(&self, offset: usize, length: usize) {
+        self.each(offset, length, |_, bytes| bytes.fill(0));
+    }
+
     fn read_from(&self, offset: usize, file: &File, at: u64, length: usize) -> io::Result<()> {
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, at)?;

@@ -71,6 +71,7 @@ impl Machine {
             extra: ".0-simulated".to_owned(),
             domctl: 0x15,
             capabilities: "hvm-3.0-x86_64".to_owned(),
+            command_line: String::new(),
         };
         let pages = memory.pages_covering().0;
         let state = State {
@@ -91,6 +92,12 @@ impl Machine {
     /// As a debug build of Xen, which leaves this in freed memory: 0xc2.
     pub fn with_fresh_byte(self, byte: u8) -> Machine {
         self.state().fresh_byte = byte;
+        self
+    }
+
+    /// Booted with this command line.
+    pub fn with_command_line(mut self, line: &str) -> Machine {
+        self.version.command_line = line.to_owned();
         self
     }
 

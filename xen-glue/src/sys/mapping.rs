@@ -126,6 +126,12 @@ impl Mapping for Pages {
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
     }
 
+    fn zero(&self, offset: usize, length: usize) {
+        let to = self.at(offset, length);
+        // SAFETY: `to` has `length` bytes of a live mapping, to which no Rust reference points.
+        unsafe { ptr::write_bytes(to, 0, length) }
+    }
+
     fn read_from(&self, offset: usize, file: &File, at: u64, length: usize) -> io::Result<()> {
         let to = self.at(offset, length);
         let mut done = 0;

@@ -71,8 +71,14 @@ impl Privcmd {
             Err(error) if is_absent(&error) => return Ok(None),
             Err(error) => return Err(OpenError::Device(error)),
         };
-        let version =
-            XenVersion { major: 0, minor: 0, extra: String::new(), domctl: 0, capabilities: String::new() };
+        let version = XenVersion {
+            major: 0,
+            minor: 0,
+            extra: String::new(),
+            domctl: 0,
+            capabilities: String::new(),
+            command_line: String::new(),
+        };
         let mut xen = Privcmd { device, buffers: Buffers::new(), version, sysctl_version: 0, hap: false };
         let Ok(number) = xen.hypercall(hypercall::XEN_VERSION, [version::VERSION, 0, 0, 0, 0]) else {
             // The device is there on kernels that can be a Xen guest, and answers only on Xen.
@@ -81,6 +87,7 @@ impl Privcmd {
         (xen.version.major, xen.version.minor) = ((number >> 16) as u32, number as u32 & 0xffff);
         xen.version.extra = xen.text(version::EXTRAVERSION, version::EXTRAVERSION_BYTES)?;
         xen.version.capabilities = xen.text(version::CAPABILITIES, version::CAPABILITIES_BYTES)?;
+        xen.version.command_line = xen.text(version::COMMAND_LINE, version::COMMAND_LINE_BYTES)?;
         xen.version.domctl = xen.probe_domctl()?;
         xen.sysctl_version = xen.probe_sysctl()?;
         let machine = xen.physinfo().map_err(OpenError::NotAllowed)?;
