@@ -199,7 +199,8 @@ impl Volumes {
     fn remove(&mut self) -> Result<(), VolumeError> {
         let stacks = std::mem::take(&mut self.stacks);
         thread::scope(|scope| {
-            let running: Vec<_> = stacks.into_iter().map(|mut stack| scope.spawn(move || stack.remove())).collect();
+            let running: Vec<_> =
+                stacks.into_iter().map(|mut stack| scope.spawn(move || stack.remove())).collect();
             running.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).fold(Ok(()), Result::and)
         })
     }
