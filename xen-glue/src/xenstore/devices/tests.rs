@@ -58,7 +58,7 @@ fn a_card_may_be_carried_by_another_domain() {
     let simulated = Simulated::new();
     let store = simulated.connect();
     let vif = Device::vif(&Vif { number: 0, mac: [0, 0x16, 0x3e, 1, 2, 3], backend: DomId(3) });
-    attach(&store, ID, &[vif.clone()]).unwrap();
+    attach(&store, ID, std::slice::from_ref(&vif)).unwrap();
     assert_eq!(simulated.get("/local/domain/7/device/vif/0/mac").as_deref(), Some("00:16:3e:01:02:03"));
     assert_eq!(simulated.get("/local/domain/7/device/vif/0/backend-id").as_deref(), Some("3"));
     let backend = simulated.listing("/local/domain/3/backend/vif/7/0");
