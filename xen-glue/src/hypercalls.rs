@@ -7,6 +7,8 @@
 //! `hvm/{hvm_op,params}.h`), interface versions 0x15 to 0x18 of domctl.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 
 use engine::units::{ByteCount, PageCount};
 
@@ -213,6 +215,8 @@ pub trait Mapping: Send + Sync {
     fn copy_to(&self, offset: usize, to: &mut [u8]);
     /// Writes bytes into them.
     fn copy_from(&self, offset: usize, from: &[u8]);
+    /// Reads `length` bytes of a file, from `at` on, into them. Error: the file's, or UnexpectedEof where it is too short.
+    fn read_from(&self, offset: usize, file: &File, at: u64, length: usize) -> io::Result<()>;
     /// How many bytes there are.
     fn len(&self) -> usize;
     /// Whether there are none.

@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! - whoever holds a [`Shell`] holds a domain, and dropping it destroys the domain, whatever step failed;
-//! - no mapping of a domain's frames outlives the function that made it: a domain with mapped frames cannot go;
+//! - no mapping of a domain's frames outlives its [`Shell`]: a domain with mapped frames cannot go;
 //! - what is to be asked of Xen is planned by pure functions ([`plan`]), and done by functions that decide nothing.
 
 pub mod capture;

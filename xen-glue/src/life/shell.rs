@@ -1,6 +1,6 @@
 //! A domain without content: made, with its vCPUs, its frames and its two rings, paused.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use engine::units::PageRange;
 use nix::errno::Errno;
@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use super::{plan, LifeError};
 use crate::abi::hvm::param;
 use crate::device_state::TscInfo;
-use crate::hypercalls::{CallError, CpuPolicy, DomId, Hypercalls, NewDomain, Uuid};
+use crate::hypercalls::{CallError, CpuPolicy, DomId, Hypercalls, Mapping, NewDomain, Uuid};
 use crate::layout::{Layout, CONSOLE_GFN, STORE_GFN};
 
 /// HVMPTM_no_delay_for_missed_ticks, which libxl gives every PVH guest: `public/hvm/params.h`.
@@ -81,6 +81,8 @@ pub struct Shell {
     store: Ring,
     console: Ring,
     fresh_is_zero: bool,
+    /// What of it is mapped into this process, to be unmapped when there is time.
+    mapped: Mutex<Vec<Box<dyn Mapping>>>,
     ended: bool,
 }
 
@@ -104,6 +106,7 @@ impl Shell {
             store: ring(plan.rings.store, remotes.store_domid),
             console: ring(plan.rings.console, remotes.console_domid),
             fresh_is_zero: false,
+            mapped: Mutex::new(Vec::new()),
             ended: false,
         };
         shell.set_up(plan, special.len())?;
@@ -180,6 +183,16 @@ impl Shell {
         self.xen.seed_grants(self.domid, &entries).map_err(LifeError::call("grant its rings"))
     }
 
+    /// Keeps frames mapped until [`Shell::unmap`].
+    pub(super) fn keep_mapped(&self, frames: Box<dyn Mapping>) {
+        self.mapped.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push(frames);
+    }
+
+    /// Unmaps what [`fill`](super::fill()) mapped. After unpausing it, so that the guest does not wait for it.
+    pub fn unmap(&self) {
+        self.mapped.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clear();
+    }
+
     /// The Xen it is a domain of.
     pub fn xen(&self) -> &Arc<dyn Hypercalls> {
         &self.xen
@@ -231,6 +244,7 @@ impl Shell {
         if std::mem::replace(&mut self.ended, true) {
             return Ok(());
         }
+        self.unmap();
         if let Ok(None) = self.xen.info(self.domid).map(|info| info.filter(|info| info.uuid == self.uuid)) {
             return Ok(());
         }

@@ -1,5 +1,8 @@
 //! Frames of a simulated domain, mapped: as with Xen they keep a destroyed domain until they are unmapped.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use engine::units::PAGE_BYTES;
@@ -46,6 +49,13 @@ impl Mapping for SimulatedMapping {
 
     fn copy_from(&self, offset: usize, from: &[u8]) {
         self.each(offset, from.len(), |at, bytes| bytes.copy_from_slice(&from[at..at + bytes.len()]));
+    }
+
+    fn read_from(&self, offset: usize, file: &File, at: u64, length: usize) -> io::Result<()> {
+        let mut bytes = vec![0; length];
+        file.read_exact_at(&mut bytes, at)?;
+        self.copy_from(offset, &bytes);
+        Ok(())
     }
 
     fn len(&self) -> usize {

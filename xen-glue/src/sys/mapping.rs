@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::{self, NonNull};
 
 use engine::units::PAGE_BYTES;
-use memmap2::{Mmap, MmapOptions};
 use nix::errno::Errno;
 
 use super::ioctl;
@@ -127,6 +126,26 @@ impl Mapping for Pages {
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) }
     }
 
+    fn read_from(&self, offset: usize, file: &File, at: u64, length: usize) -> io::Result<()> {
+        let to = self.at(offset, length);
+        let mut done = 0;
+        while done < length {
+            let from = at.saturating_add(done as u64);
+            // SAFETY: `to + done` has `length - done` bytes of a live mapping, to which the kernel may write as the guest
+            // may; no Rust reference points to them.
+            let read = unsafe {
+                libc::pread(file.as_raw_fd(), to.add(done).cast(), length - done, from as libc::off_t)
+            };
+            match Errno::result(read) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => done += count as usize,
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
     fn len(&self) -> usize {
         self.length
     }
@@ -137,13 +156,4 @@ impl Drop for Pages {
         // SAFETY: the mapping is ours, and nothing of it outlives these Pages.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
-}
-
-/// Maps the first `length` bytes of a memory image for reading.
-///
-/// Legal only for a file that nobody changes or shortens: hot images are never written again, and a capture's is ours alone.
-pub fn map_image(file: &File, length: usize) -> io::Result<Mmap> {
-    // SAFETY: nobody writes to the file, by this function's contract, so its bytes are as immutable as the slice says; nor
-    // is it shortened, so every page of it is there.
-    unsafe { MmapOptions::new().len(length).map(file) }
 }
