@@ -5,11 +5,15 @@ mod stream_common;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
-use engine::units::{PageRange, PAGE_BYTES};
+use engine::units::{ByteCount, PageRange, PAGE_BYTES};
 use proptest::collection::vec;
 use proptest::prelude::*;
-use xen_glue::device_state::TscInfo;
+use xen_glue::device_state::{DeviceState, TscInfo};
+use xen_glue::hypercalls::{DomId, Hypercalls};
+use xen_glue::life::{self, Ports};
+use xen_glue::simulated::Machine;
 use xen_glue::stream::export;
 use xen_glue::stream::import::{fill, survey};
 use xen_glue::stream::libxc::{Domain, GuestKind};
@@ -165,6 +169,30 @@ fn real_streams_are_read_and_written_to_the_byte() {
     let vcpus =
         |item: &&(Item, _)| matches!(item.0, Item::Record(Record::PvVcpu { part: VcpuPart::Basic, .. }));
     assert_eq!(items.iter().filter(vcpus).count(), 2);
+}
+
+/// What a savefile made by an import goes through: restored, and, after its life as a template, captured and exported.
+#[test]
+fn an_imported_guest_is_restored_captured_and_exported_as_it_was() {
+    let state = state(vec![PageRange::new(0, 16), PageRange::new(17, 700), PageRange::new(0xfc000, 9)]);
+    let memory = image(725, |page| page % 3 == 0);
+    let stream = export::write(Vec::new(), &config(725), &state, &memory).unwrap();
+    let guest = survey(&stream[..]).unwrap();
+    let imported = tempfile::tempfile().unwrap();
+    fill(&stream[..], &guest, &imported).unwrap();
+
+    let machine = Arc::new(Machine::new(ByteCount(64 << 20)));
+    let xen: Arc<dyn Hypercalls> = machine.clone();
+    let ports = Ports { store_domid: DomId(0), console_domid: DomId(0) };
+    let parsed = DeviceState::parse(&guest.state.to_bytes()).unwrap();
+    let shell = life::restore(&xen, guest.config.uuid, &parsed, &imported, ports).unwrap();
+    machine.suspend(shell.domid());
+    let mut captured = life::capture(xen.as_ref(), shell.domid(), 2, guest.memory_bytes()).unwrap();
+    captured.state.hvm_params.sort_unstable_by_key(|param| {
+        state.hvm_params.iter().position(|original| original == param) // a capture has an order of its own
+    });
+    captured.state.xen = state.xen;
+    assert!(export::write(Vec::new(), &config(725), &captured.state, &captured.memory).unwrap() == stream);
 }
 
 /// Xen's own judge, where its Python modules are: XEN_UTILS, or where the project's Xen host is made.

@@ -43,7 +43,7 @@ pub fn state(layout: Vec<PageRange>) -> DeviceState {
         vcpus: 2,
         layout: Layout::new(layout).unwrap(),
         tsc: TscInfo { mode: 1, khz: 2_600_000, nsec: 5, incarnation: 2 },
-        hvm_context: vec![7; 33],
+        hvm_context: vec![7; 64 + 512], // the size that a simulated Xen has for two vCPUs
         hvm_params: vec![(1, SPECIAL_FIRST + 4), (17, SPECIAL_FIRST + 7), (12, (SPECIAL_FIRST + 6) << 12)],
         cpuid_policy: vec![1; 48],
         msr_policy: vec![2; 32],
