@@ -4,6 +4,8 @@
 //! at any request it is told to. Coarser than the real one in one thing: a transaction fails when anything at all changed
 //! meanwhile.
 
+mod tree;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,6 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nix::errno::Errno;
+
+use tree::{is_below, operate, put, Stored, Touched, Tree};
 
 use super::client::Xenstore;
 use super::wire::{strings, words, Access, Message, Op, Perm, ERRORS, PATH_MAX};
@@ -20,14 +24,6 @@ use crate::hypercalls::DomId;
 #[derive(Clone, Debug, Default)]
 pub struct Simulated {
     shared: Arc<Mutex<Shared>>,
-}
-
-type Tree = BTreeMap<String, Stored>;
-
-#[derive(Clone, Debug)]
-struct Stored {
-    value: Vec<u8>,
-    perms: Vec<Perm>,
 }
 
 #[derive(Debug, Default)]
@@ -62,13 +58,6 @@ struct Watch {
     path: String,
     token: String,
     to: UnixStream,
-}
-
-/// A path that changed, and whether all below it went with it.
-#[derive(Clone, Debug)]
-struct Touched {
-    path: String,
-    removed: bool,
 }
 
 /// One side of a connection: who asks.
@@ -255,7 +244,7 @@ impl Shared {
             0 => &mut self.tree,
             id => &mut self.transactions.get_mut(&id).ok_or(Errno::ENOENT)?.tree,
         };
-        let (reply, touched) = operate(tree, peer, message.op, &path, rest)?;
+        let (reply, touched) = operate(tree, peer.domid, message.op, &path, rest)?;
         match message.transaction {
             0 => self.changed(&touched),
             id => {
@@ -326,113 +315,6 @@ impl Watch {
         let payload = words([path.get(home..).unwrap_or(path), &self.token]).unwrap_or_default();
         send(&self.to, &Message { op: Op::WatchEvent, request: 0, transaction: 0, payload });
     }
-}
-
-/// Does what was asked with nodes; answers the reply and what changed.
-fn operate(
-    tree: &mut Tree,
-    peer: Peer,
-    op: Op,
-    path: &str,
-    rest: &[u8],
-) -> Result<(Vec<u8>, Vec<Touched>), Errno> {
-    let changed = |removed| vec![Touched { path: path.to_owned(), removed }];
-    let node = tree.get(path);
-    let may = |wanted: Access| match node.or_else(|| nearest(tree, path)) {
-        Some(node) if allows(&node.perms, peer.domid, wanted) => Ok(()),
-        _ => Err(Errno::EACCES),
-    };
-    match op {
-        Op::Read => {
-            may(Access::Read)?;
-            Ok((node.ok_or(Errno::ENOENT)?.value.clone(), Vec::new()))
-        }
-        Op::GetPerms => {
-            may(Access::Read)?;
-            let perms: Vec<String> = node.ok_or(Errno::ENOENT)?.perms.iter().map(Perm::to_string).collect();
-            Ok((words(perms.iter().map(String::as_str)).map_err(|_| Errno::E2BIG)?, Vec::new()))
-        }
-        Op::Directory => {
-            may(Access::Read)?;
-            node.ok_or(Errno::ENOENT)?;
-            let names = tree.keys().filter_map(|known| child_of(known, path));
-            Ok((words(names).map_err(|_| Errno::E2BIG)?, Vec::new()))
-        }
-        Op::Mkdir if node.is_some() => Ok((b"OK\0".to_vec(), Vec::new())),
-        Op::Write | Op::Mkdir => {
-            may(Access::Write)?;
-            put(tree, path, (op == Op::Write).then_some(rest), peer.domid);
-            Ok((b"OK\0".to_vec(), changed(false)))
-        }
-        Op::Rm if node.is_none() => match tree.contains_key(parent(path)) {
-            true => Ok((b"OK\0".to_vec(), Vec::new())),
-            false => Err(Errno::ENOENT),
-        },
-        Op::Rm => {
-            may(Access::Write)?;
-            tree.retain(|known, _| !is_below(known, path));
-            Ok((b"OK\0".to_vec(), changed(true)))
-        }
-        Op::SetPerms => {
-            let owner = node.ok_or(Errno::ENOENT)?.perms.first().map(|perm| perm.domid);
-            let list = strings(rest).map_err(|_| Errno::EINVAL)?;
-            let perms: Result<Vec<Perm>, _> = list.iter().map(|perm| Perm::parse(perm)).collect();
-            let perms = perms.map_err(|_| Errno::EINVAL)?;
-            match perms.first() {
-                Some(first) if peer.domid == 0 || Some(first.domid) == owner && owner == Some(peer.domid) => {
-                }
-                _ => return Err(Errno::EACCES),
-            }
-            if let Some(node) = tree.get_mut(path) {
-                node.perms = perms;
-            }
-            Ok((b"OK\0".to_vec(), changed(false)))
-        }
-        _ => Err(Errno::ENOSYS),
-    }
-}
-
-/// Writes or makes a node and those above it, which inherit their parent's permissions.
-fn put(tree: &mut Tree, path: &str, value: Option<&[u8]>, domid: u16) {
-    if !tree.contains_key(path) {
-        if path != "/" {
-            put(tree, parent(path), None, domid);
-        }
-        let mut perms = tree.get(parent(path)).map(|node| node.perms.clone()).unwrap_or_default();
-        if let (Some(owner), true) = (perms.first_mut(), domid != 0) {
-            owner.domid = domid;
-        }
-        tree.insert(path.to_owned(), Stored { value: Vec::new(), perms });
-    }
-    if let (Some(node), Some(value)) = (tree.get_mut(path), value) {
-        node.value = value.to_vec();
-    }
-}
-
-fn allows(perms: &[Perm], domid: u16, wanted: Access) -> bool {
-    let Some(owner) = perms.first() else { return false };
-    let entry = perms.iter().skip(1).find(|perm| perm.domid == domid).unwrap_or(owner);
-    domid == 0 || owner.domid == domid || entry.access == wanted || entry.access == Access::Both
-}
-
-fn nearest<'a>(tree: &'a Tree, path: &str) -> Option<&'a Stored> {
-    tree.get(parent(path)).or_else(|| if path == "/" { None } else { nearest(tree, parent(path)) })
-}
-
-fn parent(path: &str) -> &str {
-    match path.rsplit_once('/') {
-        Some(("", _)) | None => "/",
-        Some((parent, _)) => parent,
-    }
-}
-
-fn child_of<'a>(path: &'a str, of: &str) -> Option<&'a str> {
-    let name = path.strip_prefix(if of == "/" { "" } else { of })?.strip_prefix('/')?;
-    (!name.is_empty() && !name.contains('/')).then_some(name)
-}
-
-fn is_below(path: &str, of: &str) -> bool {
-    path == of || of == "/" || path.strip_prefix(of).is_some_and(|rest| rest.starts_with('/'))
 }
 
 fn absolute(path: &str, peer: Peer) -> Result<String, Errno> {

@@ -138,3 +138,16 @@ fn guests_are_bound_by_permissions() {
     guest.write("data/x", "1").unwrap();
     assert_eq!(dom0.read("/local/domain/7/data/x").unwrap().as_deref(), Some("1"));
 }
+
+#[test]
+fn an_event_that_came_with_an_answer_is_not_waited_for() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let store = Xenstore::over(ours);
+    let answer = Message { op: Op::Watch, request: 1, transaction: 0, payload: b"OK\0".to_vec() };
+    let event = Message { op: Op::WatchEvent, request: 0, transaction: 0, payload: b"/a\0t\0".to_vec() };
+    theirs.write_all(&[answer.to_bytes().unwrap(), event.to_bytes().unwrap()].concat()).unwrap();
+    store.watch("/a", "t").unwrap();
+    let deadline = Instant::now() + Duration::from_secs(1);
+    assert!(store.await_event("/a", "t", deadline).unwrap());
+    assert!(Instant::now() < deadline);
+}
