@@ -15,9 +15,12 @@
 
 mod abi;
 pub mod boot;
+pub mod channel;
 pub mod device_state;
 pub mod doctor;
 pub mod hypercalls;
 pub mod layout;
 pub mod owner;
 pub mod sys;
+pub mod volumes;
+pub mod xenstore;

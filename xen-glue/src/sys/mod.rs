@@ -3,6 +3,10 @@
 //! Everything here is called with plain values and decides nothing.
 
 pub mod buffer;
+pub mod device_mapper;
+pub mod evtchn;
+pub mod gntdev;
+pub mod loop_device;
 pub mod mapping;
 pub mod privcmd;
 

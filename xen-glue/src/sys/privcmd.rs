@@ -71,13 +71,8 @@ impl Privcmd {
             Err(error) if is_absent(&error) => return Ok(None),
             Err(error) => return Err(OpenError::Device(error)),
         };
-        let version = XenVersion {
-            major: 0,
-            minor: 0,
-            extra: String::new(),
-            domctl: 0,
-            capabilities: String::new(),
-        };
+        let version =
+            XenVersion { major: 0, minor: 0, extra: String::new(), domctl: 0, capabilities: String::new() };
         let mut xen = Privcmd { device, buffers: Buffers::new(), version, sysctl_version: 0, hap: false };
         let Ok(number) = xen.hypercall(hypercall::XEN_VERSION, [version::VERSION, 0, 0, 0, 0]) else {
             // The device is there on kernels that can be a Xen guest, and answers only on Xen.
@@ -227,13 +222,7 @@ impl Privcmd {
     }
 
     /// A hypercall with an operation's number before its struct.
-    fn operation<T>(
-        &self,
-        op: u64,
-        operation: Operation,
-        domid: DomId,
-        argument: &mut T,
-    ) -> Result<u64>
+    fn operation<T>(&self, op: u64, operation: Operation, domid: DomId, argument: &mut T) -> Result<u64>
     where
         T: IntoBytes + FromBytes + Immutable,
     {
@@ -253,8 +242,7 @@ impl Privcmd {
 
     /// A buffer for `call`, with `bytes` at its start.
     fn buffer(&self, operation: Operation, domid: Option<DomId>, bytes: &[u8]) -> Result<Buffer> {
-        let mut buffer =
-            self.buffers.take(bytes.len()).map_err(|errno| refused(operation, domid, errno))?;
+        let mut buffer = self.buffers.take(bytes.len()).map_err(|errno| refused(operation, domid, errno))?;
         buffer.bytes()[..bytes.len()].copy_from_slice(bytes);
         Ok(buffer)
     }
@@ -337,7 +325,8 @@ impl Hypercalls for Privcmd {
         (policy.leaves_address, policy.msrs_address) = (leaves.address(), msrs.address());
         self.sysctl(operation, &mut policy)?;
         let (leaf_bytes, msr_bytes) = policy_bytes(policy.leaf_count, policy.msr_count);
-        let answer = CpuPolicy { leaves: copied(&mut leaves, leaf_bytes), msrs: copied(&mut msrs, msr_bytes) };
+        let answer =
+            CpuPolicy { leaves: copied(&mut leaves, leaf_bytes), msrs: copied(&mut msrs, msr_bytes) };
         self.buffers.give_back(leaves);
         self.buffers.give_back(msrs);
         Ok(answer)
@@ -547,7 +536,8 @@ impl Hypercalls for Privcmd {
         (policy.leaves_address, policy.msrs_address) = (leaves.address(), msrs.address());
         self.domctl(operation, domid, &mut policy)?;
         let (leaf_bytes, msr_bytes) = policy_bytes(policy.leaf_count, policy.msr_count);
-        let answer = CpuPolicy { leaves: copied(&mut leaves, leaf_bytes), msrs: copied(&mut msrs, msr_bytes) };
+        let answer =
+            CpuPolicy { leaves: copied(&mut leaves, leaf_bytes), msrs: copied(&mut msrs, msr_bytes) };
         self.buffers.give_back(leaves);
         self.buffers.give_back(msrs);
         Ok(answer)
