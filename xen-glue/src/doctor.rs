@@ -207,6 +207,7 @@ mod tests {
     fn fit() -> Facts {
         Facts {
             xen: Ok(XenVersion {
+                command_line: String::new(),
                 major: 4,
                 minor: 17,
                 extra: ".7".into(),

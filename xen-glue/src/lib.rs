@@ -23,12 +23,16 @@ mod error;
 pub mod host;
 pub mod hypercalls;
 pub mod layout;
+<<<<<<< HEAD
 pub mod life;
 pub mod owner;
 pub mod simulated;
 mod steps;
 pub mod stream;
 pub mod sweep;
+=======
+pub mod owner;
+>>>>>>> vchan
 pub mod sys;
 pub mod volumes;
 pub mod xenstore;
