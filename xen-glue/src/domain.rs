@@ -5,6 +5,7 @@
 //!   does that too;
 //! - what cannot be taken down is said and left to the sweep of the next command: the domain's handle names its owner.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -204,14 +205,14 @@ impl XenDomain {
         }
     }
 
-    fn await_release(&self, limit: Duration) -> std::io::Result<()> {
+    fn await_release(&self, limit: Duration) -> io::Result<()> {
         use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
         let timeout = PollTimeout::try_from(limit.as_millis()).unwrap_or(PollTimeout::MAX);
         match poll(&mut [PollFd::new(self.releases.as_fd(), PollFlags::POLLIN)], timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
-        while let Some(_event) = self.releases.next_event().map_err(std::io::Error::other)? {}
+        while let Some(_event) = self.releases.next_event().map_err(io::Error::other)? {}
         Ok(())
     }
 
@@ -282,7 +283,9 @@ impl Domain for XenDomain {
     fn capture(&mut self) -> Result<Capture, HostError> {
         let step = "capture the guest";
         if let Some(channel) = &mut self.channel {
-            channel.let_go(LET_GO_LIMIT).map_err(HostError::io("have the agent let go of its channel"))?;
+            channel.let_go(LET_GO_LIMIT).map_err(|error| {
+                HostError::io("have the agent let go of its channel")(io::Error::other(error))
+            })?;
         }
         nodes::ask(&self.store, self.domid, Ask::Suspend, SUSPEND_LIMIT)
             .map_err(|error| guest_error("ask the guest to suspend itself", error))?;

@@ -23,16 +23,12 @@ mod error;
 pub mod host;
 pub mod hypercalls;
 pub mod layout;
-<<<<<<< HEAD
 pub mod life;
 pub mod owner;
 pub mod simulated;
 mod steps;
 pub mod stream;
-pub mod sweep;
-=======
-pub mod owner;
->>>>>>> vchan
+mod sweep;
 pub mod sys;
 pub mod volumes;
 pub mod xenstore;

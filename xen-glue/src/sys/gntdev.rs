@@ -1,16 +1,8 @@
-<<<<<<< HEAD
-//! Grants of other domains, mapped: `/dev/xen/gntdev` (`include/uapi/xen/gntdev.h`).
-
-use std::fs::File;
-use std::io;
-use std::mem::size_of;
-=======
 //! Pages that another domain has granted, mapped here: `/dev/xen/gntdev` (Linux's `include/uapi/xen/gntdev.h`).
 
 use std::fs::File;
 use std::io;
 use std::mem::{offset_of, size_of};
->>>>>>> vchan
 use std::os::fd::AsFd;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -19,24 +11,6 @@ use super::ioctl;
 use crate::hypercalls::DomId;
 
 const DEVICE: &str = "/dev/xen/gntdev";
-<<<<<<< HEAD
-const MAP_GRANT_REF: u64 = 0x184700;
-const SET_UNMAP_NOTIFY: u64 = 0x104707;
-/// UNMAP_NOTIFY_CLEAR_BYTE and UNMAP_NOTIFY_SEND_EVENT.
-const CLEAR_AND_SEND: u32 = 3;
-const PAGE_BYTES: usize = 4096;
-/// More than any vchan has.
-pub const GRANTS_MAX: usize = 64;
-
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct GrantRef {
-    domid: u32,
-    reference: u32,
-}
-
-/// `struct ioctl_gntdev_map_grant_ref`, with room for as many as are mapped at once.
-=======
 const MAP_GRANT_REF: u64 = 0x18_4700;
 const SET_UNMAP_NOTIFY: u64 = 0x10_4707;
 const CLEAR_BYTE: u32 = 1;
@@ -46,17 +20,12 @@ const PAGE_BYTES: usize = 4096;
 /// Grants that are mapped at once: a ring of 64 KiB.
 pub const GRANTS_MAX: usize = 16;
 
->>>>>>> vchan
 #[repr(C)]
 struct MapGrantRef {
     count: u32,
     pad: u32,
     index: u64,
-<<<<<<< HEAD
-    refs: [GrantRef; GRANTS_MAX],
-=======
     grants: [(u32, u32); GRANTS_MAX],
->>>>>>> vchan
 }
 
 #[repr(C)]
@@ -66,44 +35,6 @@ struct UnmapNotify {
     port: u32,
 }
 
-<<<<<<< HEAD
-const _: () = assert!(size_of::<MapGrantRef>() == 16 + 8 * GRANTS_MAX && size_of::<UnmapNotify>() == 16);
-
-/// Mapped grants. What is told to the kernel of them holds until `pages` is unmapped.
-pub struct Grants {
-    device: File,
-    index: u64,
-}
-
-/// Maps grants of a domain, readable and writable, one page after the other. Dropping the mapping unmaps them.
-pub fn map(domid: DomId, references: &[u32]) -> io::Result<(Grants, MmapRaw)> {
-    if references.is_empty() || references.len() > GRANTS_MAX {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let device = File::options().read(true).write(true).open(DEVICE)?;
-    let mut argument = MapGrantRef {
-        count: references.len() as u32,
-        pad: 0,
-        index: 0,
-        refs: [GrantRef::default(); GRANTS_MAX],
-    };
-    for (slot, reference) in argument.refs.iter_mut().zip(references) {
-        *slot = GrantRef { domid: domid.0.into(), reference: *reference };
-    }
-    // SAFETY: the request reads `count` entries of `refs`, which has at least as many, and writes `index`; the argument outlives it.
-    unsafe { ioctl(device.as_fd(), MAP_GRANT_REF, &mut argument) }?;
-    let index = argument.index;
-    let pages = MmapOptions::new().offset(index).len(references.len() * PAGE_BYTES).map_raw(&device)?;
-    Ok((Grants { device, index }, pages))
-}
-
-impl Grants {
-    /// When they are unmapped, by whomever, the kernel clears the byte at `offset` of them and sends an event through `port`.
-    pub fn on_unmap(&self, offset: usize, port: u32) -> io::Result<()> {
-        let mut argument = UnmapNotify { index: self.index + offset as u64, action: CLEAR_AND_SEND, port };
-        // SAFETY: the request reads the argument only, which outlives it.
-        unsafe { ioctl(self.device.as_fd(), SET_UNMAP_NOTIFY, &mut argument) }?;
-=======
 const _: () = assert!(offset_of!(MapGrantRef, index) == 8 && offset_of!(MapGrantRef, grants) == 16);
 const _: () = assert!(size_of::<MapGrantRef>() == 16 + 8 * GRANTS_MAX && size_of::<UnmapNotify>() == 16);
 
@@ -140,7 +71,6 @@ impl Gntdev {
         let mut notify = UnmapNotify { index: place, action: CLEAR_BYTE | SEND_EVENT, port };
         // SAFETY: the request reads one `struct ioctl_gntdev_unmap_notify`, which `notify` is by layout.
         unsafe { ioctl(self.0.as_fd(), SET_UNMAP_NOTIFY, &mut notify) }?;
->>>>>>> vchan
         Ok(())
     }
 }

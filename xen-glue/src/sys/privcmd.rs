@@ -71,7 +71,6 @@ impl Privcmd {
             Err(error) if is_absent(&error) => return Ok(None),
             Err(error) => return Err(OpenError::Device(error)),
         };
-<<<<<<< HEAD
         let version = XenVersion {
             major: 0,
             minor: 0,
@@ -80,10 +79,6 @@ impl Privcmd {
             capabilities: String::new(),
             command_line: String::new(),
         };
-=======
-        let version =
-            XenVersion { major: 0, minor: 0, extra: String::new(), domctl: 0, capabilities: String::new() };
->>>>>>> vchan
         let mut xen = Privcmd { device, buffers: Buffers::new(), version, sysctl_version: 0, hap: false };
         let Ok(number) = xen.hypercall(hypercall::XEN_VERSION, [version::VERSION, 0, 0, 0, 0]) else {
             // The device is there on kernels that can be a Xen guest, and answers only on Xen.
