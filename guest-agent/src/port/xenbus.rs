@@ -37,6 +37,13 @@ impl Request {
         Self(WRITE, [path.as_bytes(), b"\0", value.as_bytes()].concat())
     }
 
+    /// Says which request it was that failed.
+    fn failed(&self, error: &io::Error) -> io::Error {
+        let path = self.1.split(|byte| *byte == 0).next().unwrap_or_default();
+        let path = String::from_utf8_lossy(path);
+        io::Error::other(format!("xenstore request {} of {path}: {error}", self.0))
+    }
+
     /// An end of a node and those below it.
     pub fn rm(path: &str) -> Self {
         Self(RM, [path.as_bytes(), b"\0"].concat())
@@ -79,8 +86,11 @@ impl Xenbus {
             message.extend_from_slice(payload);
             self.send(&message)?;
         }
-        let numbers = (0..requests.len()).map(|at| first.wrapping_add(at as u32));
-        let answers: Vec<_> = numbers.map(|number| self.answer(number)).collect();
+        let numbered =
+            requests.iter().enumerate().map(|(at, request)| (first.wrapping_add(at as u32), request));
+        let answers: Vec<_> = numbered
+            .map(|(number, request)| self.answer(number).map_err(|error| request.failed(&error)))
+            .collect();
         answers.into_iter().collect()
     }
 
