@@ -89,15 +89,16 @@ pub fn needed(layout: &Layout, special: usize, vcpus: u32) -> ByteCount {
 /// does so with what nobody ever had, unless bootscrub forbids it.
 pub fn scrubs_all(command_line: &str) -> bool {
     let option = |name: &str, unset| {
-        let values = command_line.split_ascii_whitespace().filter_map(|word| match word.split_once('=') {
-            Some((key, value)) if key == name => {
-                Some(matches!(value, "1" | "on" | "yes" | "true" | "enable" | "idle"))
-            }
-            None if word == name => Some(true),
-            None if word.strip_prefix("no-") == Some(name) => Some(false),
-            _ => None,
-        });
-        values.last().unwrap_or(unset)
+        let mut values =
+            command_line.split_ascii_whitespace().filter_map(|word| match word.split_once('=') {
+                Some((key, value)) if key == name => {
+                    Some(matches!(value, "1" | "on" | "yes" | "true" | "enable" | "idle"))
+                }
+                None if word == name => Some(true),
+                None if word.strip_prefix("no-") == Some(name) => Some(false),
+                _ => None,
+            });
+        values.next_back().unwrap_or(unset)
     };
     option("scrub-domheap", false) && option("bootscrub", true)
 }
