@@ -236,6 +236,28 @@ fn only_its_own_domain_is_destroyed() {
     assert_eq!(machine.calls().iter().filter(|call| **call == "XEN_DOMCTL_destroydomain").count(), 1);
 }
 
+/// An image that cannot be read ends the filling for all its threads, and leaves nothing mapped.
+#[test]
+fn an_image_that_cannot_be_read_ends_the_filling() {
+    let (machine, xen) = machine();
+    let layout = Layout::new(vec![PageRange::new(0, 12_000)]).unwrap();
+    let folder = File::open("/").unwrap();
+    let shell =
+        Shell::create(&xen, &shell_plan(UUID, &DeviceState { layout, ..state() }).unwrap(), PORTS).unwrap();
+    let unreadable = tempfile::NamedTempFile::new().unwrap();
+    unreadable.as_file().set_len(12_000 * PAGE_BYTES as u64).unwrap();
+    for page in 0..12_000 {
+        unreadable.as_file().write_all_at(&[1], page * PAGE_BYTES as u64).unwrap();
+    }
+    // Opened for writing only.
+    let image = File::options().write(true).open(unreadable.path()).unwrap();
+    for image in [image, folder] {
+        assert!(matches!(fill(&shell, &image), Err(LifeError::Io { .. } | LifeError::ImageSize { .. })));
+    }
+    drop(shell);
+    assert_eq!(machine.left(), Left::default());
+}
+
 #[test]
 fn filling_runs_beside_the_rest() {
     let (machine, xen) = machine();
