@@ -64,9 +64,10 @@ pub fn holds(layout: &Layout, gfn: u64) -> bool {
     after.checked_sub(1).is_some_and(|at| gfn < layout.runs()[at].end().0)
 }
 
-/// What the domain may have at most.
-pub fn max_memory(layout: &Layout, special: usize) -> ByteCount {
-    ByteCount(PageCount(layout.pages().0 + special as u64).bytes().0 + SLACK.0)
+/// What the domain may have at most: the RAM of a guest that takes back all it had handed back when it was captured.
+pub fn max_memory(layout: &Layout, memory: ByteCount, special: usize) -> ByteCount {
+    let memory = layout.pages().bytes().max(memory);
+    ByteCount(memory.0.saturating_add(PageCount(special as u64).bytes().0 + SLACK.0))
 }
 
 /// Pages for Xen's own tables about it: what libxl gives (`libxl_get_required_paging_memory`), a page per MiB of memory and a
@@ -76,10 +77,9 @@ pub fn paging_pool(max_memory: ByteCount, vcpus: u32) -> ByteCount {
     PageCount(pages).bytes()
 }
 
-/// All that Xen must have free for it.
-pub fn needed(layout: &Layout, special: usize, vcpus: u32) -> ByteCount {
-    let max = max_memory(layout, special);
-    ByteCount(max.0 + paging_pool(max, vcpus).0)
+/// All that Xen must have free for a domain that may have so much.
+pub fn needed(max_memory: ByteCount, vcpus: u32) -> ByteCount {
+    ByteCount(max_memory.0.saturating_add(paging_pool(max_memory, vcpus).0))
 }
 
 /// Whether a Xen with this command line scrubs all memory before it gives it away.
