@@ -114,6 +114,7 @@ impl Host for XenHost {
             uuid,
             vcpus: spec.vcpus,
             layout: Layout::fresh(spec.memory),
+            memory: spec.memory,
             rings: Rings::default(),
             further: Vec::new(),
             tsc: None,
@@ -139,7 +140,7 @@ impl Host for XenHost {
         let steps = Steps::default();
         let state = read_state(&image.device_state, spec)?;
         let uuid = self.owner.uuid(confinement.slot).map_err(HostError::io("draw a uuid"))?;
-        let plan = life::shell_plan(uuid, &state).map_err(|error| life_error(RESTORE, error))?;
+        let plan = life::shell_plan(uuid, &state, spec.memory).map_err(|error| life_error(RESTORE, error))?;
         let (memory, deltas) = (image.memory, image.deltas);
         thread::scope(|scope| {
             let disks =

@@ -123,7 +123,7 @@ fn filling_fast_and_slowly_is_the_same() {
     for machine in machines() {
         let machine = Arc::new(machine);
         let xen: Arc<dyn Hypercalls> = machine.clone();
-        let plan = shell_plan(UUID, &state()).unwrap();
+        let plan = shell_plan(UUID, &state(), GUEST).unwrap();
         let make = || Shell::create(&xen, &plan, PORTS).unwrap();
         let (fast, slow) = (make(), make());
         fill(&fast, &memory()).unwrap();
@@ -198,7 +198,7 @@ fn refusals_are_typed() {
     let LifeError::Call { source, .. } = error else { panic!("{error}") };
     assert!(matches!(source, CallError::Policy { leaf: Some((3, None)), .. }), "{source}");
 
-    let shell = Shell::create(&xen, &shell_plan(UUID, &state()).unwrap(), PORTS).unwrap();
+    let shell = Shell::create(&xen, &shell_plan(UUID, &state(), GUEST).unwrap(), PORTS).unwrap();
     let error = capture(xen.as_ref(), shell.domid(), 2, GUEST).err().unwrap();
     assert!(matches!(error, LifeError::NotSuspended(_)), "{error}");
     machine.suspend(shell.domid());
@@ -223,6 +223,10 @@ fn what_the_guest_handed_back_is_not_captured() {
         assert_eq!(machine.frame(clone.domid(), gfn), machine.frame(shell.domid(), gfn), "{gfn:#x}");
     }
     assert_eq!(machine.frame(clone.domid(), 100), None);
+    // It may take back what it handed back.
+    let most = |shell: &Shell| xen.info(shell.domid()).unwrap().unwrap().pages_max.bytes();
+    assert!(most(&clone) > GUEST);
+    xen.populate(clone.domid(), &[100], 0).unwrap();
 }
 
 /// A domain that others destroyed, and whose number another domain has, is not destroyed a second time.
@@ -236,10 +240,33 @@ fn only_its_own_domain_is_destroyed() {
     assert_eq!(machine.calls().iter().filter(|call| **call == "XEN_DOMCTL_destroydomain").count(), 1);
 }
 
+/// An image that cannot be read ends the filling for all its threads, and leaves nothing mapped.
+#[test]
+fn an_image_that_cannot_be_read_ends_the_filling() {
+    let (machine, xen) = machine();
+    let layout = Layout::new(vec![PageRange::new(0, 12_000)]).unwrap();
+    let folder = File::open("/").unwrap();
+    let shell =
+        Shell::create(&xen, &shell_plan(UUID, &DeviceState { layout, ..state() }, GUEST).unwrap(), PORTS)
+            .unwrap();
+    let unreadable = tempfile::NamedTempFile::new().unwrap();
+    unreadable.as_file().set_len(12_000 * PAGE_BYTES as u64).unwrap();
+    for page in 0..12_000 {
+        unreadable.as_file().write_all_at(&[1], page * PAGE_BYTES as u64).unwrap();
+    }
+    // Opened for writing only.
+    let image = File::options().write(true).open(unreadable.path()).unwrap();
+    for image in [image, folder] {
+        assert!(matches!(fill(&shell, &image), Err(LifeError::Io { .. } | LifeError::ImageSize { .. })));
+    }
+    drop(shell);
+    assert_eq!(machine.left(), Left::default());
+}
+
 #[test]
 fn filling_runs_beside_the_rest() {
     let (machine, xen) = machine();
-    let shell = Shell::create(&xen, &shell_plan(UUID, &state()).unwrap(), PORTS).unwrap();
+    let shell = Shell::create(&xen, &shell_plan(UUID, &state(), GUEST).unwrap(), PORTS).unwrap();
     std::thread::scope(|scope| {
         let filling = scope.spawn(|| fill(&shell, &memory()));
         finish(&shell, &state()).unwrap();

@@ -6,7 +6,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::panic::resume_unwind;
-use std::sync::mpsc::{sync_channel, SyncSender};
+use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
+use std::sync::Mutex;
 use std::thread;
 
 use engine::image::scan::{data_extents, is_zero};
@@ -37,14 +38,22 @@ struct Piece {
 pub fn fill(shell: &Shell, image: &File) -> Result<(), LifeError> {
     let pages = check_size(shell, image)?;
     let batches = batches(shell, image, pages)?;
-    // While one batch is read the next one is mapped.
+    // While some batches are read the next ones are mapped: the kernel maps one at a time, whoever asks for it.
+    let (mapped, to_read) = sync_channel(1);
+    let to_read = Mutex::new(Some(to_read));
     thread::scope(|scope| {
-        let (mapped, to_read) = sync_channel(1);
-        let reader = scope.spawn(move || to_read.iter().try_for_each(|batch| read(shell, image, batch)));
+        let readers: Vec<_> =
+            (0..readers()).map(|_| scope.spawn(|| read_all(shell, image, &to_read))).collect();
         let mapping = map(shell, &batches, mapped);
-        let reading = reader.join().unwrap_or_else(|panic| resume_unwind(panic));
-        mapping.and(reading)
+        let reading =
+            readers.into_iter().map(|reader| reader.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        reading.fold(mapping, Result::and)
     })
+}
+
+/// How many threads read. Past four a CPU more adds nothing: memory is not faster.
+fn readers() -> usize {
+    thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4))
 }
 
 /// A batch and its frames, mapped.
@@ -62,6 +71,23 @@ fn map<'a>(
             shell.xen().map(shell.domid(), &gfns).map_err(LifeError::call("map its frames to fill them"))?;
         if mapped.send((batch, frames)).is_err() {
             break;
+        }
+    }
+    Ok(())
+}
+
+/// Reads one batch after the other, until there are no more. An error ends it for all: it takes the batches away.
+fn read_all(
+    shell: &Shell,
+    image: &File,
+    batches: &Mutex<Option<Receiver<Mapped<'_>>>>,
+) -> Result<(), LifeError> {
+    let batches = || batches.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let next = || batches().as_ref().and_then(|batches| batches.recv().ok());
+    while let Some(batch) = next() {
+        if let Err(error) = read(shell, image, batch) {
+            batches().take();
+            return Err(error);
         }
     }
     Ok(())

@@ -64,9 +64,10 @@ pub fn holds(layout: &Layout, gfn: u64) -> bool {
     after.checked_sub(1).is_some_and(|at| gfn < layout.runs()[at].end().0)
 }
 
-/// What the domain may have at most.
-pub fn max_memory(layout: &Layout, special: usize) -> ByteCount {
-    ByteCount(PageCount(layout.pages().0 + special as u64).bytes().0 + SLACK.0)
+/// What the domain may have at most: the RAM of a guest that takes back all it had handed back when it was captured.
+pub fn max_memory(layout: &Layout, memory: ByteCount, special: usize) -> ByteCount {
+    let memory = layout.pages().bytes().max(memory);
+    ByteCount(memory.0.saturating_add(PageCount(special as u64).bytes().0 + SLACK.0))
 }
 
 /// Pages for Xen's own tables about it: what libxl gives (`libxl_get_required_paging_memory`), a page per MiB of memory and a
@@ -76,15 +77,14 @@ pub fn paging_pool(max_memory: ByteCount, vcpus: u32) -> ByteCount {
     PageCount(pages).bytes()
 }
 
-/// All that Xen must have free for it.
-pub fn needed(layout: &Layout, special: usize, vcpus: u32) -> ByteCount {
-    let max = max_memory(layout, special);
-    ByteCount(max.0 + paging_pool(max, vcpus).0)
+/// All that Xen must have free for a domain that may have so much.
+pub fn needed(max_memory: ByteCount, vcpus: u32) -> ByteCount {
+    ByteCount(max_memory.0.saturating_add(paging_pool(max_memory, vcpus).0))
 }
 
 /// The same for a guest of this layout with the usual special pages.
 pub fn needed_for(layout: &Layout, vcpus: u32) -> ByteCount {
-    needed(layout, SPECIAL_COUNT as usize, vcpus)
+    needed(max_memory(layout, layout.pages().bytes(), SPECIAL_COUNT as usize), vcpus)
 }
 
 /// Whether a Xen with this command line scrubs all memory before it gives it away.
@@ -94,15 +94,16 @@ pub fn needed_for(layout: &Layout, vcpus: u32) -> ByteCount {
 /// does so with what nobody ever had, unless bootscrub forbids it.
 pub fn scrubs_all(command_line: &str) -> bool {
     let option = |name: &str, unset| {
-        let values = command_line.split_ascii_whitespace().filter_map(|word| match word.split_once('=') {
-            Some((key, value)) if key == name => {
-                Some(matches!(value, "1" | "on" | "yes" | "true" | "enable" | "idle"))
-            }
-            None if word == name => Some(true),
-            None if word.strip_prefix("no-") == Some(name) => Some(false),
-            _ => None,
-        });
-        values.last().unwrap_or(unset)
+        let mut values =
+            command_line.split_ascii_whitespace().filter_map(|word| match word.split_once('=') {
+                Some((key, value)) if key == name => {
+                    Some(matches!(value, "1" | "on" | "yes" | "true" | "enable" | "idle"))
+                }
+                None if word == name => Some(true),
+                None if word.strip_prefix("no-") == Some(name) => Some(false),
+                _ => None,
+            });
+        values.next_back().unwrap_or(unset)
     };
     option("scrub-domheap", false) && option("bootscrub", true)
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use engine::units::{ByteOffset, PageIndex, PAGE_BYTES};
+use engine::units::{ByteCount, ByteOffset, PageIndex, PAGE_BYTES};
 
 use super::{fill, LifeError, Ports, Rings, Shell, ShellPlan};
 use crate::abi::hvm::param;
@@ -26,14 +26,17 @@ pub fn restore(
     memory: &File,
     remotes: Ports,
 ) -> Result<Shell, LifeError> {
-    let shell = Shell::create(xen, &shell_plan(uuid, state)?, remotes)?;
+    // An image that cannot be looked at is an error of `fill`'s, which names the domain.
+    let size = ByteCount(memory.metadata().map_or(0, |meta| meta.len()));
+    let shell = Shell::create(xen, &shell_plan(uuid, state, size)?, remotes)?;
     fill(&shell, memory)?;
     finish(&shell, state)?;
     Ok(shell)
 }
 
-/// What the domain has to be for this state. Errors: the state breaks a rule.
-pub fn shell_plan(uuid: Uuid, state: &DeviceState) -> Result<ShellPlan, LifeError> {
+/// What the domain has to be for this state; `memory` is the guest's RAM, all of which it may not have had when it was captured.
+/// Errors: the state breaks a rule.
+pub fn shell_plan(uuid: Uuid, state: &DeviceState, memory: ByteCount) -> Result<ShellPlan, LifeError> {
     if let Some((index, _)) = state.hvm_params.iter().find(|(index, _)| !PARAMS.contains(index)) {
         return Err(LifeError::BadState(format!("HVM parameter {index} is not one that a restore sets")));
     }
@@ -47,6 +50,7 @@ pub fn shell_plan(uuid: Uuid, state: &DeviceState) -> Result<ShellPlan, LifeErro
         uuid,
         vcpus: state.vcpus,
         layout: state.layout.clone(),
+        memory,
         rings,
         further: further.into_iter().filter_map(|index| value(state, index)).collect(),
         tsc: Some(state.tsc),

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use engine::image::scan::is_zero;
-use engine::units::PageRange;
+use engine::units::{ByteCount, PageRange};
 use nix::errno::Errno;
 
 use super::{plan, LifeError};
@@ -26,8 +26,10 @@ pub struct ShellPlan {
     pub uuid: Uuid,
     /// Number of vCPUs.
     pub vcpus: u32,
-    /// Its RAM.
+    /// The RAM it has at first.
     pub layout: Layout,
+    /// The RAM it may have; less than its layout's counts as that.
+    pub memory: ByteCount,
     /// Where its rings are.
     pub rings: Rings,
     /// Further frames it has, of which Xen was told.
@@ -95,7 +97,8 @@ impl Shell {
         let named = [plan.rings.store, plan.rings.console];
         let named: Vec<u64> = named.into_iter().chain(plan.further.iter().copied()).collect();
         let special = plan::special_frames(&plan.layout, &named);
-        check_room(xen.as_ref(), plan::needed(&plan.layout, special.len(), plan.vcpus))?;
+        let max = plan::max_memory(&plan.layout, plan.memory, special.len());
+        check_room(xen.as_ref(), plan::needed(max, plan.vcpus))?;
 
         let new = NewDomain { uuid: plan.uuid, vcpus: plan.vcpus };
         let domid = xen.create(&new).map_err(LifeError::call("create the domain"))?;
@@ -113,17 +116,16 @@ impl Shell {
             ended: false,
             created: Instant::now(),
         };
-        shell.set_up(plan, special.len())?;
+        shell.set_up(plan, max)?;
         shell.created = Instant::now();
         shell.populate(&special)?;
         Ok(shell)
     }
 
-    fn set_up(&mut self, plan: &ShellPlan, special: usize) -> Result<(), LifeError> {
+    fn set_up(&mut self, plan: &ShellPlan, max: ByteCount) -> Result<(), LifeError> {
         let (xen, domid) = (&self.xen, self.domid);
         let call = LifeError::call;
         xen.set_max_vcpus(domid, plan.vcpus).map_err(call("make its vCPUs"))?;
-        let max = plan::max_memory(&plan.layout, special);
         xen.set_max_memory(domid, max).map_err(call("limit its memory"))?;
         let port = |remote| xen.alloc_port(domid, remote).map_err(call("open its event channels"));
         self.store.port = port(self.store.remote)?;
@@ -274,7 +276,7 @@ impl Drop for Shell {
 }
 
 /// Whether Xen has so much free. What is being scrubbed counts: Xen scrubs it when it is asked for it.
-fn check_room(xen: &dyn Hypercalls, needed: engine::units::ByteCount) -> Result<(), LifeError> {
+fn check_room(xen: &dyn Hypercalls, needed: ByteCount) -> Result<(), LifeError> {
     let free = xen.physinfo().map_err(LifeError::call("look for free memory"))?.free;
     if free < needed {
         return Err(LifeError::TooLittleMemory { needed, free });

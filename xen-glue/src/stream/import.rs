@@ -88,7 +88,8 @@ pub fn survey(from: impl Read) -> Result<SavedGuest, ImportError> {
     }
     let guest = SavedGuest { state: found.into_state(config.vcpus)?, config };
     // What a restore would refuse is better refused now.
-    life::shell_plan(guest.config.uuid, &guest.state).map_err(|error| refused(error.to_string()))?;
+    life::shell_plan(guest.config.uuid, &guest.state, guest.memory_bytes())
+        .map_err(|error| refused(error.to_string()))?;
     Ok(guest)
 }
 

@@ -33,7 +33,7 @@ unsafe impl Send for Buffer {}
 
 impl Buffers {
     /// Over /dev/xen/hypercall, or over locked memory without it.
-    pub fn new() -> Buffers {
+    pub fn open() -> Buffers {
         let device = File::options().read(true).write(true).open("/dev/xen/hypercall").ok();
         Buffers { device, free: Mutex::new(Vec::new()) }
     }
@@ -106,5 +106,26 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and no slice of it outlives this Buffer.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_zero_and_large_enough_every_time() {
+        let buffers = Buffers::open();
+        for bytes in [8, USUAL_BYTES, USUAL_BYTES + 1] {
+            for _ in 0..2 {
+                let mut buffer = buffers.take(bytes).unwrap();
+                assert!(buffer.bytes().len() >= bytes && buffer.address() != 0);
+                assert!(buffer.bytes()[..bytes].iter().all(|byte| *byte == 0));
+                buffer.bytes().fill(0xff);
+                buffers.give_back(buffer);
+            }
+        }
+        assert_eq!(buffers.free.lock().unwrap().len(), 1);
+        assert_eq!(buffers.take(BYTES_MAX + 1).err(), Some(Errno::E2BIG));
     }
 }

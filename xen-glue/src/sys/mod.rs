@@ -3,6 +3,7 @@
 //! Everything here is called with plain values and decides nothing.
 
 pub mod buffer;
+mod calls;
 pub mod device_mapper;
 pub mod evtchn;
 pub mod gntdev;
