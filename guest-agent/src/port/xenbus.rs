@@ -1,7 +1,8 @@
 //! Xenstore, as the guest's kernel lets it be asked: `/dev/xen/xenbus`.
 //!
-//! Invariants: one message per write, as the device takes them; several requests are sent before the first answer is read, so that
-//! they take one round. Watch events that come between answers are kept, one per token: they say that something changed, not what.
+//! Invariants: one message per write, as the device takes them, and none before the last one is answered: the kernel (6.1) reads a
+//! message's payload from the file's one buffer when it sends it, which may be after the next write has filled that. Watch events
+//! that come between answers are kept, one per token: they say that something changed, not what.
 //!
 //! Source: Xen's `xen/include/public/io/xs_wire.h`. A message is a header of four u32 (type, request, transaction, length) and its payload.
 
@@ -37,16 +38,13 @@ impl Request {
         Self(WRITE, [path.as_bytes(), b"\0", value.as_bytes()].concat())
     }
 
-    /// Says which request it was that failed.
-    fn failed(&self, error: &io::Error) -> io::Error {
-        let path = self.1.split(|byte| *byte == 0).next().unwrap_or_default();
-        let path = String::from_utf8_lossy(path);
-        io::Error::other(format!("xenstore request {} of {path}: {error}", self.0))
-    }
-
     /// An end of a node and those below it.
     pub fn rm(path: &str) -> Self {
         Self(RM, [path.as_bytes(), b"\0"].concat())
+    }
+
+    fn path(&self) -> String {
+        String::from_utf8_lossy(self.1.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
     }
 }
 
@@ -74,24 +72,22 @@ impl Xenbus {
         Self { file: file.into(), last_request: 0, unread: Vec::new(), events: Vec::new() }
     }
 
-    /// Asks, and waits for the answers.
+    /// Asks one after the other, and waits for the answers.
     pub fn ask(&mut self, requests: &[Request]) -> io::Result<Vec<Answer>> {
-        let first = self.last_request.wrapping_add(1);
-        for Request(kind, payload) in requests {
-            self.last_request = self.last_request.wrapping_add(1);
-            let mut message = Vec::with_capacity(HEADER_BYTES + payload.len());
-            for word in [*kind, self.last_request, 0, payload.len() as u32] {
-                message.extend_from_slice(&word.to_ne_bytes());
-            }
-            message.extend_from_slice(payload);
-            self.send(&message)?;
+        requests.iter().map(|request| self.ask_one(request)).collect()
+    }
+
+    fn ask_one(&mut self, request: &Request) -> io::Result<Answer> {
+        let Request(kind, payload) = request;
+        self.last_request = self.last_request.wrapping_add(1);
+        let mut message = Vec::with_capacity(HEADER_BYTES + payload.len());
+        for word in [*kind, self.last_request, 0, payload.len() as u32] {
+            message.extend_from_slice(&word.to_ne_bytes());
         }
-        let numbered =
-            requests.iter().enumerate().map(|(at, request)| (first.wrapping_add(at as u32), request));
-        let answers: Vec<_> = numbered
-            .map(|(number, request)| self.answer(number).map_err(|error| request.failed(&error)))
-            .collect();
-        answers.into_iter().collect()
+        message.extend_from_slice(payload);
+        self.send(&message)?;
+        let answer = self.answer(self.last_request);
+        answer.map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", request.path())))
     }
 
     /// A node's value.

@@ -56,7 +56,7 @@ impl Carrier {
 
     /// Carries what can be carried now.
     pub fn carry(&mut self, link: &mut Link) -> Going {
-        match self.to_socket(link).and_then(|going| Ok((going, self.to_ring(link)?))) {
+        match self.feed_socket(link).and_then(|going| Ok((going, self.feed_ring(link)?))) {
             Ok((Going::On, going)) => going,
             Ok((going, _)) => going,
             Err(lie) => {
@@ -80,7 +80,7 @@ impl Carrier {
         Waits { socket_bytes: room, socket_room: !self.held.is_empty(), nothing: bytes || gone }
     }
 
-    fn to_socket(&mut self, link: &mut Link) -> Result<Going, Lie> {
+    fn feed_socket(&mut self, link: &mut Link) -> Result<Going, Lie> {
         loop {
             while !self.held.is_empty() {
                 match self.stream.write(&self.piece[self.held.clone()]) {
@@ -104,7 +104,7 @@ impl Carrier {
     }
 
     /// Through a buffer of its own: `piece` may hold bytes for the socket.
-    fn to_ring(&mut self, link: &mut Link) -> Result<Going, Lie> {
+    fn feed_ring(&mut self, link: &mut Link) -> Result<Going, Lie> {
         let mut buffer = [0; 16 << 10];
         loop {
             let room = link.end.writable()?.min(buffer.len());
