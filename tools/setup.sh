@@ -37,6 +37,7 @@ need readelf binutils
 need setpriv util-linux
 need zstd zstd
 need xz xz-utils
+need python3 python3 # the validator of migration streams that comes with Xen
 need /etc/ssl/certs/ca-certificates.crt ca-certificates
 need /usr/share/keyrings/debian-archive-keyring.gpg debian-archive-keyring
 
