@@ -1,7 +1,8 @@
 //! Xenstore, as the guest's kernel lets it be asked: `/dev/xen/xenbus`.
 //!
-//! Invariants: one message per write, as the device takes them; several requests are sent before the first answer is read, so that
-//! they take one round. Watch events that come between answers are kept, one per token: they say that something changed, not what.
+//! Invariants: one message per write, as the device takes them; no request is sent before the last one's answer is there, since the
+//! kernel's sender (`drivers/xen/xenbus/xenbus_dev_frontend.c` in 6.1) reads a message from the very buffer into which the next is written, and
+//! on another CPU it may do so later than that. Watch events that come between answers are kept, one per token: they say that something changed, not what.
 //!
 //! Source: Xen's `xen/include/public/io/xs_wire.h`. A message is a header of four u32 (type, request, transaction, length) and its payload.
 
@@ -67,21 +68,21 @@ impl Xenbus {
         Self { file: file.into(), last_request: 0, unread: Vec::new(), events: Vec::new() }
     }
 
-    /// Asks, and waits for the answers.
+    /// Asks one after the other, each with its answer. All are asked; the first that is refused is the error.
     pub fn ask(&mut self, requests: &[Request]) -> io::Result<Vec<Answer>> {
-        let first = self.last_request.wrapping_add(1);
-        for Request(kind, payload) in requests {
-            self.last_request = self.last_request.wrapping_add(1);
-            let mut message = Vec::with_capacity(HEADER_BYTES + payload.len());
-            for word in [*kind, self.last_request, 0, payload.len() as u32] {
-                message.extend_from_slice(&word.to_ne_bytes());
-            }
-            message.extend_from_slice(payload);
-            self.send(&message)?;
-        }
-        let numbers = (0..requests.len()).map(|at| first.wrapping_add(at as u32));
-        let answers: Vec<_> = numbers.map(|number| self.answer(number)).collect();
+        let answers: Vec<_> = requests.iter().map(|request| self.ask_one(request)).collect();
         answers.into_iter().collect()
+    }
+
+    fn ask_one(&mut self, Request(kind, payload): &Request) -> io::Result<Answer> {
+        self.last_request = self.last_request.wrapping_add(1);
+        let mut message = Vec::with_capacity(HEADER_BYTES + payload.len());
+        for word in [*kind, self.last_request, 0, payload.len() as u32] {
+            message.extend_from_slice(&word.to_ne_bytes());
+        }
+        message.extend_from_slice(payload);
+        self.send(&message)?;
+        self.answer(self.last_request)
     }
 
     /// A node's value.
