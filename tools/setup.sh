@@ -33,6 +33,7 @@ need mke2fs e2fsprogs
 need ip iproute2 # the tests of tap interfaces
 need depmod kmod
 need cpio cpio
+need python3 python3 # Xen's checker of streams, in the tests
 need readelf binutils
 need setpriv util-linux
 need zstd zstd

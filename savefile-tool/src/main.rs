@@ -1,5 +1,6 @@
 //! `dispvm-savefile`: builds, lists, checks, imports, exports and removes the savefiles that disposables are restored from.
 
+mod doctor;
 mod progress;
 mod report;
 
@@ -119,6 +120,14 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say what this machine has for disposables to run on, and what stands in the way
+    ///
+    /// Looks at Xen and at QEMU, and changes nothing: 0 when one of them can be used, 1 when none can.
+    Doctor {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Remove a savefile; running disposables go on
     Rm {
         /// DVM template
@@ -149,8 +158,13 @@ fn main() -> ExitCode {
 }
 
 fn run(options: Options) -> Result<ExitCode> {
-    let state = options.common.state()?;
+    let state = match options.command {
+        // Who has trouble may not have a state folder yet.
+        Command::Doctor { json } => return Ok(doctor::run(&machine()?, json)),
+        _ => options.common.state()?,
+    };
     match options.command {
+        Command::Doctor { .. } => {}
         Command::Build { dvm, prerun, json, background } => build(&state, &dvm, prerun, json, background)?,
         Command::List { json } => list(&state, json)?,
         Command::Status { dvm, json } => return status(&state, &dvm, json),

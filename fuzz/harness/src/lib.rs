@@ -14,6 +14,7 @@ pub mod records;
 pub mod savefile;
 pub mod sealed;
 pub mod stream;
+pub mod xen;
 pub mod xl;
 
 pub use savefile::OUTPUT_PAGES_MAX;
@@ -47,6 +48,10 @@ pub const TARGETS: &[Target] = &[
     Target { name: "xl_stream", run: xl::stream },
     Target { name: "xl_config", run: xl::config },
     Target { name: "xen_device_state", run: xl::device_state },
+    Target { name: "xen_kernel", run: xen::kernel },
+    Target { name: "vchan_ring", run: xen::ring },
+    Target { name: "xenstore", run: xen::xenstore },
+    Target { name: "snapshot_store", run: xen::store },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.
