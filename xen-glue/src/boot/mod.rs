@@ -214,8 +214,16 @@ mod tests {
     fn shell(xen: &Arc<dyn Hypercalls>) -> Result<Shell, LifeError> {
         let layout = Layout::fresh(GUEST);
         let (rings, further) = (Rings::default(), Vec::new());
-        let plan =
-            ShellPlan { uuid: Uuid([1; 16]), vcpus: 2, layout, rings, further, tsc: None, policy: None };
+        let plan = ShellPlan {
+            uuid: Uuid([1; 16]),
+            vcpus: 2,
+            memory: layout.pages().bytes(),
+            layout,
+            rings,
+            further,
+            tsc: None,
+            policy: None,
+        };
         Shell::create(xen, &plan, Ports { store_domid: DomId(0), console_domid: DomId(0) })
     }
 
