@@ -37,5 +37,10 @@ fn serve() -> Result<(), Failure> {
     let session = Session::wait(&session::runtime_folder(session::UID), session::UID);
     let place = Place::in_session(session.as_ref())?;
     let port = Port::open(&site)?;
+    if site == Site::Xen {
+        // After a restore the kernel connects all disks and cards again, which the first answer need not wait for. Without the right
+        // to, it does.
+        let _ = sys::go_first();
+    }
     Agent::new(port, place, session.is_some(), freezer).run().step(|| "serve the host")
 }

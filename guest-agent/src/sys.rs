@@ -53,6 +53,16 @@ pub fn reset_signals() {
     }
 }
 
+/// Lets this process run before all others that are ready; what it starts has the usual priority again.
+pub fn go_first() -> io::Result<()> {
+    let usual = libc::sched_param { sched_priority: 0 };
+    let policy = libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the kernel reads one `struct sched_param`, which outlives the call.
+    check_errno(unsafe { libc::sched_setscheduler(0, policy, &usual) })?;
+    // SAFETY: no memory is involved.
+    check_errno(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) })
+}
+
 /// Hands entropy to the kernel's generator, all of it credited.
 pub fn add_entropy(random: BorrowedFd<'_>, entropy: &[u8; 64], credit: bool) -> io::Result<()> {
     #[repr(C)]
