@@ -25,6 +25,11 @@ impl Failure {
         Self { step: step.into(), errno, message: message.into() }
     }
 
+    /// The system's error number; 0 where there was none.
+    pub fn errno(&self) -> i32 {
+        self.errno
+    }
+
     /// As the host gets it.
     pub fn into_frame(self, op: Option<Op>) -> Failed {
         Failed { op, step: self.step, errno: self.errno, message: self.message }

@@ -77,10 +77,11 @@ struct Ring {
 
 /// One end.
 pub struct End {
-    page: Shared,
     role: Role,
     incoming: Ring,
     outgoing: Ring,
+    /// Last, so that it is unmapped last: that tells the peer that all is.
+    page: Shared,
 }
 
 /// Reads the sizes that a server has put into its first page, and checks them.

@@ -94,7 +94,11 @@ impl Nic {
             self.add_address(network).step(|| "set the address")?;
         }
         if !live {
-            self.bring_up()?;
+            match self.bring_up() {
+                // netfront, before its back end has connected (`xennet_open`): the card leads nowhere yet, and keeps its address.
+                Err(failure) if self.xen && failure.errno() == libc::ENODEV => return Ok(()),
+                other => other?,
+            }
         }
         network.map_or(Ok(()), |network| self.set_default_route(network))
     }
