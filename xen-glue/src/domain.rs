@@ -22,6 +22,7 @@ use crate::error::{guest_error, life_error, store_error, xen_error};
 use crate::hypercalls::{DomId, Hypercalls, Shutdown, Uuid};
 use crate::life::{self, Shell};
 use crate::steps::Steps;
+use crate::threads;
 use crate::volumes::Volumes;
 use crate::xenstore::devices::{self, Device, DeviceError, DeviceId, Vif};
 use crate::xenstore::domain::{self as nodes, Ask, DomainNodes, Ring};
@@ -148,14 +149,14 @@ impl XenDomain {
                 Err(error) => tracing::debug!("the devices of domain {domid} did not connect: {error}"),
             }
         };
-        let looking = thread::Builder::new().name("devices".to_owned()).spawn(look);
+        let looking = threads::spawn("devices".to_owned(), look);
         looking.map(drop).map_err(HostError::io("watch the domain's devices"))
     }
 
     /// To unmap its frames takes about as long as to fill them: the guest does not wait for it.
     fn unmap_meanwhile(&mut self) -> Result<(), HostError> {
         let Some(shell) = self.shell.clone().filter(|_| self.unmapping.is_none()) else { return Ok(()) };
-        let spawned = thread::Builder::new().name("unmap".to_owned()).spawn(move || shell.unmap());
+        let spawned = threads::spawn("unmap".to_owned(), move || shell.unmap());
         self.unmapping = Some(spawned.map_err(HostError::io("unmap the domain's frames"))?);
         Ok(())
     }

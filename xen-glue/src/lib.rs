@@ -30,5 +30,6 @@ mod steps;
 pub mod stream;
 mod sweep;
 pub mod sys;
+mod threads;
 pub mod volumes;
 pub mod xenstore;

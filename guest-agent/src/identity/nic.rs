@@ -17,6 +17,8 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{bind, socket, AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType};
 use qrexec::Network;
@@ -34,6 +36,8 @@ const ARPHRD_ETHER: u16 = 1;
 const RTF_UP: u16 = 1;
 const RTF_GATEWAY: u16 = 2;
 const RTF_HOST: u16 = 4;
+/// How long a Xen card's driver may take to meet its back end after a restore.
+const RECONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// An interface and the socket to ask for changes.
 pub struct Nic {
@@ -146,7 +150,20 @@ impl Nic {
 
     fn bring_up(&self) -> Result<(), Failure> {
         let flags = self.flags().step(|| "read the interface's flags")?;
-        self.set_flags(flags | UP).step(|| "bring the interface up")
+        // A restored Xen card has no queues until its driver has met the back end again, and cannot be brought up before.
+        let deadline = Instant::now() + RECONNECT_LIMIT;
+        loop {
+            match self.set_flags(flags | UP) {
+                Err(error)
+                    if self.xen
+                        && error.raw_os_error() == Some(libc::ENODEV)
+                        && Instant::now() < deadline =>
+                {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                done => return done.step(|| "bring the interface up"),
+            }
+        }
     }
 
     fn add_address(&self, network: &Network) -> io::Result<()> {

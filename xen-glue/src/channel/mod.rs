@@ -25,12 +25,13 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::hypercalls::DomId;
+use crate::threads;
 use crate::xenstore::{Xenstore, XenstoreError};
 use link::{Reach, XenReach};
 use offer::Nook;
@@ -125,7 +126,7 @@ impl Channel {
         let (tell, outcome) = mpsc::channel();
         let nook = Nook::new(store, domid).map_err(io::Error::other)?;
         let pump = Pump::new(domid, nook, reach, ours, Arc::clone(&control));
-        let thread = thread::Builder::new().name(format!("channel-{domid}")).spawn(move || {
+        let thread = threads::spawn(format!("channel-{domid}"), move || {
             // Nobody listens where the channel was dropped.
             let _ = tell.send(pump.run());
         })?;
