@@ -43,7 +43,7 @@ test: guests
 # Cargo's --test takes patterns: one file for each part of it.
 xen-test: build dom0
 	@fixtures/build-all.sh target test qemu7 xen
-	@$(CARGO) test --release -p fixtures --test 'xen_*'
+	@$(CARGO) test --release -p fixtures --test 'xen_*' --no-fail-fast
 
 fuzz: setup
 	@tools/fuzz.sh all $(FUZZ_SECONDS)
