@@ -73,6 +73,8 @@ pub struct XenDomain {
     volumes: Option<Volumes>,
     devices: Vec<DeviceId>,
     unmapping: Option<JoinHandle<()>>,
+    /// Whether the step has been told that its agent is ready.
+    ready_told: bool,
     channel: Option<Channel>,
     steps: Steps,
 }
@@ -102,6 +104,7 @@ impl XenDomain {
             volumes: Some(volumes),
             devices: Vec::new(),
             unmapping: None,
+            ready_told: false,
             channel: None,
             steps,
         };
@@ -312,7 +315,8 @@ impl Domain for XenDomain {
     }
 
     fn steps(&mut self) -> Vec<(&'static str, Instant)> {
-        if let Some(at) = self.channel.as_ref().and_then(Channel::connected_at) {
+        if let Some(at) = self.channel.as_ref().and_then(Channel::connected_at).filter(|_| !self.ready_told) {
+            self.ready_told = true;
             self.steps.mark_at("agent ready", at);
         }
         self.steps.take()
