@@ -66,12 +66,14 @@ bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --full
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --full
+	@$(CARGO) run --release -q -p benches --bin xen-bench -- --full
 	@tools/encode-bench.sh
 
 bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --short
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --short
+	@$(CARGO) run --release -q -p benches --bin xen-bench -- --short
 
 man: build
 	@tools/man.sh target/release target/share
