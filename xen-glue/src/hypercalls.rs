@@ -45,7 +45,8 @@ impl Uuid {
     /// From the text xenstore has; `None` where it is none.
     pub fn parse(text: &str) -> Option<Uuid> {
         let digits: Vec<u8> = text.bytes().filter(|byte| *byte != b'-').collect();
-        if text.len() != 36 || digits.len() != 32 {
+        // from_str_radix would take a sign for a digit.
+        if text.len() != 36 || digits.len() != 32 || !digits.iter().all(u8::is_ascii_hexdigit) {
             return None;
         }
         let mut bytes = [0; 16];
