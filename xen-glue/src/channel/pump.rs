@@ -105,12 +105,14 @@ impl Pump {
                 }
                 None => {}
             }
-            let mut news = News::default();
-            while news == News::default() {
-                if self.control.order() != Order::Carry || self.sleep(None, None)?.host_gone {
+            if self.control.order() != Order::Carry {
+                return Ok(Err(Ended::Parted));
+            }
+            // Looked for before sleeping: what came between the answers above wakes nobody any more.
+            while self.nook.news()? == News::default() {
+                if self.sleep(None, None)?.host_gone || self.control.order() != Order::Carry {
                     return Ok(Err(Ended::Parted));
                 }
-                news = self.nook.news()?;
             }
             // The request is met then; when this offer ends, the next is to be asked for.
             asked &= !self.nook.stands()?;
@@ -135,10 +137,13 @@ impl Pump {
             if woken.bell {
                 link.bell.hear();
             }
-            if woken.store && self.nook.news()?.domains && self.is_over()? {
-                // What it said last is still in the ring.
-                self.carrier.carry(link);
-                return Ok(Ended::Over);
+            // Until there are no news: some may have come with the last look's answers.
+            while woken.store && self.nook.news()?.domains {
+                if self.is_over()? {
+                    // What it said last is still in the ring.
+                    self.carrier.carry(link);
+                    return Ok(Ended::Over);
+                }
             }
         }
         Ok(Ended::Parted)

@@ -169,6 +169,25 @@ fn an_offer_is_asked_for_once_where_there_is_none() {
 }
 
 #[test]
+fn an_offer_made_at_any_moment_is_seen() {
+    for round in 0..400 {
+        let guest = Guest::new();
+        let other = guest.clone();
+        let offering = std::thread::spawn(move || {
+            let pause = Duration::from_micros(round);
+            let started = Instant::now();
+            while started.elapsed() < pause {
+                std::hint::spin_loop();
+            }
+            other.offer()
+        });
+        let (_stream, channel) = guest.channel();
+        until("it connects", || channel.connected_at().is_some());
+        let _ = offering.join();
+    }
+}
+
+#[test]
 fn a_stale_offer_is_waited_out_and_a_new_one_asked_for() {
     let guest = Guest::new();
     let stale = guest.offer();
