@@ -112,6 +112,11 @@ impl Xenbus {
         Ok(self.events.pop())
     }
 
+    /// Whether an event is there that came between answers: it wakes nobody who polls.
+    pub fn has_event(&self) -> bool {
+        !self.events.is_empty()
+    }
+
     /// Waits until there is something to read.
     pub fn wait_for_event(&mut self) -> io::Result<Vec<u8>> {
         loop {
@@ -227,10 +232,12 @@ mod tests {
         store.write_all(&said).expect("said");
         let answers = xenbus.ask(&[Request::read("domid"), Request::rm("x")]).expect("answers");
         assert_eq!(answers, [Some(b"7".to_vec()), None]);
+        assert!(xenbus.has_event());
         let mut tokens = [xenbus.event().expect("one"), xenbus.event().expect("one")];
         tokens.sort();
         assert_eq!(tokens, [Some(b"d".to_vec()), Some(b"o".to_vec())]);
         assert_eq!(xenbus.event().expect("none"), None);
+        assert!(!xenbus.has_event());
     }
 
     #[test]
