@@ -1,5 +1,5 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test fuzz soak simulate bench bench-short lint setup build guests dom0 xen-test xen-soak man install help
+.PHONY: demo test fuzz soak simulate rows bench bench-short lint setup build guests dom0 xen-test xen-soak man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
@@ -14,6 +14,7 @@ help:
 	@echo 'make soak   1,000 launches, 16 in flight, some killed at random instants'
 	@echo 'make xen-test  the tests on a real Xen host alone, under software emulation; make xen-soak for its launches'
 	@echo 'make simulate   every step of every operation failed and killed, then SEEDS=3000 random ones from FROM=1'
+	@echo 'make rows   the rows of Qubes behaviour with the tests that prove them, run now, into docs/rows.md'
 	@echo 'make bench  benches; make bench-short for their short mode'
 	@echo 'make dom0   the static binaries for a dom0, into target/dom0'
 	@echo 'make man    manual pages and shell completions, into target/share'
@@ -61,6 +62,9 @@ simulate: setup
 	@$(CARGO) build --release -q -p simulator
 	@target/release/dispvm-simulator sweep --every --from $(FROM)
 	@target/release/dispvm-simulator sweep --from $(FROM) --count $(SEEDS)
+
+rows: guests
+	@tools/without-swap.sh tools/rows.sh > target/rows.md; status=$$?; cp target/rows.md docs/rows.md; cat docs/rows.md; exit $$status
 
 bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
