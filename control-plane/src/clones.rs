@@ -34,6 +34,9 @@ pub struct CloneRecord {
     pub keeping: Keeping,
     /// Seconds since 1970.
     pub started: u64,
+    /// Its label, where that is not the DVM template's.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub label: Option<String>,
 }
 
 /// What keeps a clone.
@@ -64,6 +67,7 @@ impl Lease {
         root_hash: &str,
         template: (String, u64),
         keeping: Keeping,
+        label: Option<&str>,
     ) -> Result<Lease> {
         loop {
             let number = names::take(state, |number| {
@@ -77,6 +81,7 @@ impl Lease {
             if !same {
                 continue;
             }
+            let label = label.map(str::to_owned);
             let record = CloneRecord {
                 name: number.to_string(),
                 dvm: dvm.to_owned(),
@@ -85,6 +90,7 @@ impl Lease {
                 pid: std::process::id(),
                 keeping,
                 started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+                label,
             };
             let bytes = serde_json::to_vec(&record).map_err(Error::failed("write the clone's record"))?;
             lock.write_all(&bytes).map_err(Error::io("write", &path))?;
@@ -183,8 +189,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
         let lease =
-            Lease::take(&state, "debian-dvm", "", ("debian-12".into(), 1), Keeping::Launcher).unwrap();
-        assert_eq!(list(&state).unwrap()[0].name, lease.number().to_string());
+            Lease::take(&state, "debian-dvm", "", ("debian-12".into(), 1), Keeping::Launcher, Some("blue"))
+                .unwrap();
+        let listed = &list(&state).unwrap()[0];
+        assert_eq!((&listed.name, listed.label.as_deref()), (&lease.number().to_string(), Some("blue")));
         // What a killed keeper leaves: a record without a lock.
         fs::copy(&lease.path, state.clones().join("disp5")).unwrap();
         assert_eq!(list(&state).unwrap().len(), 1);

@@ -40,6 +40,8 @@ pub struct Request {
     pub dvm: String,
     /// The command to run.
     pub exec: Exec,
+    /// The clone's label; without one, the DVM template's.
+    pub label: Option<String>,
     /// When the request came.
     pub start: Instant,
     /// Whether a missing or stale savefile is rebuilt meanwhile.
@@ -141,7 +143,7 @@ fn end(held: Held) -> Result<()> {
     }
 }
 
-/// A spare, if the daemon has one; else a clone of our own making.
+/// A spare, if the daemon has one; else a clone of our own making. Spares have the DVM template's label, and keep it.
 fn launch(
     state: &State,
     machine: &dyn Machine,
@@ -149,6 +151,9 @@ fn launch(
     say: &dyn Fn(&str),
     timeline: &mut Timeline,
 ) -> Result<Launched> {
+    if request.label.is_some() {
+        return make(state, machine, request, true, say, timeline);
+    }
     match daemon::client::spare(state, &request.dvm, machine.settings(), request.rebuild) {
         Found::Spare(found) => {
             let before = timeline.clone();
@@ -205,7 +210,8 @@ fn make(
     let generation = image.as_ref().map(|(generation, ..)| *generation);
     let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
-    let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher)?;
+    let label = request.label.as_deref();
+    let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher, label)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
     machine::check_memory(state, machine, &guest.spec, &confinement)?;

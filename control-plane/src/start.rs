@@ -78,7 +78,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     machine::sweep(state, machine)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     let mut subject = Subject::load(state, &request)?;
-    let lease = Lease::take(state, &name, "", subject.template.clone(), Keeping::Launcher)?;
+    let lease = Lease::take(state, &name, "", subject.template.clone(), Keeping::Launcher, None)?;
     drop(in_use);
     let host = machine.host(state, &subject.spec.kernel)?;
     let written = subject.copy_kept_volume(state, &name)?;

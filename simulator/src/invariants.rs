@@ -284,6 +284,7 @@ fn clone_records(world: &World) -> Result<Vec<CloneRecord>> {
             pid: 0,
             keeping: Keeping::Launcher,
             started: 0,
+            label: None,
         };
         records.push(record.unwrap_or_else(none));
     }

@@ -176,7 +176,8 @@ fn act(world: &Path, machine: SimMachine, action: &Action) -> Result<u8> {
         }
         Action::Launch { dvm, command } => {
             let exec = Exec::user(command.iter().map(String::as_str));
-            let request = Request { dvm: dvm.clone(), exec, start: Instant::now(), rebuild: false };
+            let request =
+                Request { dvm: dvm.clone(), exec, label: None, start: Instant::now(), rebuild: false };
             let report = launcher::run(&state, &machine, request, &say)?;
             say(&report.json().to_string());
             return Ok(report.exit_status());

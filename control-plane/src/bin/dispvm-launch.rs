@@ -9,8 +9,8 @@ use clap::Parser;
 use control_plane::cli::{fail, generate_if_asked, machine, Common, LOGIN_SHELL};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
-use control_plane::qube;
-use qrexec::Exec;
+use control_plane::qube::{self, Qube};
+use qrexec::{Exec, User};
 
 /// Runs a command in a fresh disposable VM.
 ///
@@ -27,6 +27,10 @@ struct Options {
     /// DVM template [default: the only one there is]
     #[arg(long, value_name = "NAME")]
     dvm: Option<String>,
+    /// The disposable's label, if it is not to be the DVM template's: red, orange, yellow, green, gray, blue, purple or black. There are
+    /// no spares of other labels
+    #[arg(long, value_name = "LABEL")]
+    label: Option<String>,
     /// Print each phase in ms on standard error
     #[arg(long)]
     timing: bool,
@@ -75,8 +79,16 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
     let state = options.common.state()?;
     let dvm = options.dvm.clone().map_or_else(|| qube::default_dvm(&state), Ok)?;
     let exec = exec(options)?;
+    options.label.as_deref().map_or(Ok(()), qube::check_label)?;
+    let label =
+        options.label.clone().filter(|label| Qube::load(&state, &dvm).is_ok_and(|qube| qube.label != *label));
     let say = |text: &str| eprintln!("dispvm-launch: {text}");
-    launcher::run(&state, &machine()?, Request { dvm, exec, start, rebuild: !options.no_rebuild }, &say)
+    launcher::run(
+        &state,
+        &machine()?,
+        Request { dvm, exec, label, start, rebuild: !options.no_rebuild },
+        &say,
+    )
 }
 
 fn exec(options: &Options) -> Result<Exec> {
@@ -100,6 +112,10 @@ fn service_exec(text: &str) -> Result<Exec> {
             .hint("SERVICE[+ARG], of letters, digits, '-', '.' and '_'"));
     }
     let mut exec = Exec::user([format!("/etc/qubes-rpc/{service}")]);
+    // As the configuration says that Qubes ships beside it.
+    if service == "qubes.VMRootShell" {
+        exec.user = User::Root;
+    }
     if !argument.is_empty() {
         exec.argv.push(argument.as_bytes().to_vec());
     }

@@ -121,7 +121,7 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
         Readiness::Not { reason } => return Err(Error::new(Kind::Unusable, reason)),
     };
     let template = (guest.dvm.template.clone(), guest.template.generation);
-    let lease = Lease::take(state, dvm, &root_hash, template, Keeping::Keeper)?;
+    let lease = Lease::take(state, dvm, &root_hash, template, Keeping::Keeper, None)?;
     drop(in_use);
     let confinement =
         Confinement { background: true, ..machine::confinement(state, machine, lease.number()) };

@@ -76,7 +76,7 @@ pub fn build(
     let pinned_inputs = inputs::hash(&expected)?;
     let path = state.savefile(dvm, generation);
     let template = (guest.dvm.template.clone(), guest.template.generation);
-    let lease = Lease::take(state, dvm, "", template, Keeping::Launcher)?;
+    let lease = Lease::take(state, dvm, "", template, Keeping::Launcher, None)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());
     machine::check_memory(state, machine, &guest.spec, &confinement)?;
