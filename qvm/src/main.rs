@@ -19,6 +19,7 @@ mod outcome;
 mod pause;
 mod prefs;
 mod remove;
+mod run;
 mod shutdown;
 mod start;
 mod table;
@@ -41,6 +42,7 @@ const TOOLS: &[Tool] = &[
     ("qvm-remove", |name, args| outcome::tool(name, args, remove::run)),
     ("qvm-start", |name, args| outcome::tool(name, args, start::run)),
     ("qvm-shutdown", |name, args| outcome::tool(name, args, shutdown::run)),
+    ("qvm-run", |name, args| outcome::tool(name, args, run::run)),
     ("qvm-kill", |name, args| outcome::tool(name, args, kill::run)),
     ("qvm-pause", |name, args| outcome::tool(name, args, pause::pause)),
     ("qvm-unpause", |name, args| outcome::tool(name, args, pause::unpause)),

@@ -1,12 +1,10 @@
 //! What the tools ask for, what they print, and how they end: byte for byte.
 
-mod common;
-
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
-use common::{Ended, Server};
+use crate::server::{Ended, Server};
 
 const LIST: (&str, &str) = (
     "admin.vm.List dom0",
