@@ -12,6 +12,7 @@
 mod api;
 mod create;
 mod features;
+mod firewall;
 mod kill;
 mod ls;
 mod names;
@@ -24,6 +25,7 @@ mod shutdown;
 mod start;
 mod table;
 mod tags;
+mod volume;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -38,6 +40,8 @@ const TOOLS: &[Tool] = &[
     ("qubes-prefs", |name, args| outcome::tool(name, args, prefs::of_system)),
     ("qvm-features", |name, args| outcome::tool(name, args, features::run)),
     ("qvm-tags", |name, args| outcome::tool(name, args, tags::run)),
+    ("qvm-firewall", |name, args| outcome::tool(name, args, firewall::run)),
+    ("qvm-volume", |name, args| outcome::tool(name, args, volume::run)),
     ("qvm-create", |name, args| outcome::tool(name, args, create::run)),
     ("qvm-remove", |name, args| outcome::tool(name, args, remove::run)),
     ("qvm-start", |name, args| outcome::tool(name, args, start::run)),

@@ -1,6 +1,7 @@
 //! How a tool ends: the messages and exit statuses of Python's argparse and of `QubesArgumentParser` (qubesadmin/tools/__init__.py).
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::{self, Write};
 
 use admin_api::ApiError;
@@ -23,6 +24,13 @@ pub enum Failure {
     Runtime(String, u8),
     /// It did not work, in a tool that says `Error: …`, status 1.
     Error(String),
+}
+
+impl Failure {
+    /// For `map_err`, in tools that say `Error: …`.
+    pub fn error(message: impl Display) -> Failure {
+        Failure::Error(message.to_string())
+    }
 }
 
 impl From<ApiError> for Failure {
