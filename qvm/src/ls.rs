@@ -1,0 +1,227 @@
+//! `qvm-ls`: the qubes there are.
+//!
+//! As in R3.2 and R4, a qube that is internal (its feature or property `internal`) is not shown unless it is named, all are
+//! asked for, or `--internal` says so.
+
+mod columns;
+
+use admin_api::lines::Qube;
+use clap::{Parser, ValueEnum};
+
+use crate::api::{Api, Common};
+use crate::names;
+use crate::outcome::{print, Failure, Outcome};
+use crate::table;
+use columns::Row;
+
+/// Lists qubes and what there is to know of them.
+#[derive(Parser)]
+#[command(version)]
+pub struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// Preset format
+    #[arg(long, short = 'o', value_enum, default_value = "simple", conflicts_with = "fields")]
+    format: Format,
+    /// Columns to show; any property is one
+    #[arg(long, short = 'O', value_name = "FIELD,...", value_delimiter = ',')]
+    fields: Vec<String>,
+    /// No heading, and columns divided by '|'
+    #[arg(long)]
+    raw_data: bool,
+    /// Names only, one a line
+    #[arg(long, conflicts_with_all = ["raw_data", "fields"])]
+    raw_list: bool,
+    /// Show those that have one of these tags
+    #[arg(long, value_name = "TAG", num_args = 1..)]
+    tags: Vec<String>,
+    /// Do not show those that have one of these tags
+    #[arg(long, value_name = "TAG", num_args = 1..)]
+    exclude_tags: Vec<String>,
+    /// Show those of these classes
+    #[arg(long = "class", value_name = "CLASS,...", value_delimiter = ',')]
+    classes: Vec<String>,
+    /// Show those with these labels
+    #[arg(long = "label", value_name = "LABEL,...", value_delimiter = ',')]
+    labels: Vec<String>,
+    /// Show internal qubes only (y), none of them (n), or both
+    #[arg(long, value_enum)]
+    internal: Option<Internal>,
+    #[command(flatten)]
+    states: States,
+    /// Ignored, for the sake of scripts
+    #[arg(long, hide = true)]
+    spinner: bool,
+    /// Ignored, for the sake of scripts
+    #[arg(long)]
+    no_spinner: bool,
+    /// Show all qubes, internal ones too
+    #[arg(long = "all")]
+    is_all: bool,
+    /// Exclude the qube from --all
+    #[arg(long, value_name = "VMNAME", requires = "is_all")]
+    exclude: Vec<String>,
+    /// Names of qubes, or patterns (*, ?, [abc], [!abc])
+    #[arg(value_name = "VMNAME", conflicts_with = "is_all")]
+    names: Vec<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Format {
+    Simple,
+    Network,
+    Full,
+    Disk,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Internal {
+    Y,
+    N,
+    Both,
+}
+
+/// States to show; none for all.
+#[derive(clap::Args)]
+struct States {
+    /// Show running qubes
+    #[arg(long)]
+    running: bool,
+    /// Show halted qubes
+    #[arg(long)]
+    halted: bool,
+    /// Show paused qubes
+    #[arg(long)]
+    paused: bool,
+    /// Show qubes that are starting
+    #[arg(long)]
+    transient: bool,
+    /// Show suspended qubes
+    #[arg(long)]
+    suspended: bool,
+    /// Show qubes that are shutting down
+    #[arg(long)]
+    halting: bool,
+    /// Show qubes that are being destroyed
+    #[arg(long)]
+    dying: bool,
+    /// Show crashed qubes
+    #[arg(long)]
+    crashed: bool,
+}
+
+impl Format {
+    fn columns(self) -> &'static [&'static str] {
+        match self {
+            Format::Simple => &["name", "state", "class", "label", "template", "netvm"],
+            Format::Network => &["name", "state", "netvm", "ip", "ipback", "gateway"],
+            Format::Full => &["name", "state", "class", "label", "qid", "xid", "uuid"],
+            Format::Disk => &[
+                "name",
+                "state",
+                "disk",
+                "priv-curr",
+                "priv-max",
+                "priv-used",
+                "root-curr",
+                "root-max",
+                "root-used",
+            ],
+        }
+    }
+}
+
+impl States {
+    fn fits(&self, state: &str) -> bool {
+        let all = [
+            (self.running, "Running"),
+            (self.halted, "Halted"),
+            (self.paused, "Paused"),
+            (self.transient, "Transient"),
+            (self.suspended, "Suspended"),
+            (self.halting, "Halting"),
+            (self.dying, "Dying"),
+            (self.crashed, "Crashed"),
+        ];
+        all.iter().all(|(asked, _)| !asked) || all.contains(&(true, state))
+    }
+}
+
+/// Runs `qvm-ls`.
+pub fn run(options: Options) -> Outcome {
+    let api = options.common.api();
+    let failed = |failure| match failure {
+        Failure::Runtime(message, _) => Failure::Error(message),
+        other => other,
+    };
+    let text = text(&options, &api).map_err(failed)?;
+    print(&text)?;
+    Ok(0)
+}
+
+fn text(options: &Options, api: &Api) -> Outcome<String> {
+    let shown = select(options, api)?;
+    if options.raw_list {
+        return Ok(shown.iter().map(|row| format!("{}\n", row.qube.name)).collect());
+    }
+    let columns: Vec<String> = match options.fields.is_empty() {
+        true => options.format.columns().iter().map(|column| column.to_string()).collect(),
+        false => options.fields.iter().map(|field| field.trim().to_owned()).collect(),
+    };
+    let heads: Vec<String> = columns.iter().map(|column| column.replace('_', "-").to_uppercase()).collect();
+    let mut rows = Vec::new();
+    for row in &shown {
+        let cells = heads.iter().map(|head| row.cell(api, head)).collect::<Result<Vec<_>, _>>()?;
+        rows.push(cells);
+    }
+    if options.raw_data {
+        return Ok(rows.iter().map(|row| row.join("|") + "\n").collect());
+    }
+    rows.insert(0, heads);
+    Ok(table::draw(&rows))
+}
+
+/// The qubes to show, with their properties.
+fn select(options: &Options, api: &Api) -> Outcome<Vec<Row>> {
+    let all = api.qubes()?;
+    let mut named = match options.names.is_empty() {
+        true => all,
+        false => names::by_name(&all, &options.names)?,
+    };
+    named.sort_by(|one, other| one.name.cmp(&other.name));
+    let is_asked = |qube: &Qube| {
+        !options.exclude.contains(&qube.name)
+            && options.states.fits(&qube.state)
+            && (options.classes.is_empty() || options.classes.contains(&qube.class))
+    };
+    let internal = match options.internal {
+        Some(internal) => internal,
+        None if options.is_all || !options.names.is_empty() => Internal::Both,
+        None => Internal::N,
+    };
+    let mut shown = Vec::new();
+    for qube in named.into_iter().filter(is_asked) {
+        if !has_tags(options, api, &qube)? {
+            continue;
+        }
+        let row = Row { properties: api.properties(&qube.name)?, qube };
+        let has_label = || options.labels.iter().any(|label| row.property("label") == Some(label));
+        if !options.labels.is_empty() && !has_label() {
+            continue;
+        }
+        if internal != Internal::Both && row.is_internal(api)? != (internal == Internal::Y) {
+            continue;
+        }
+        shown.push(row);
+    }
+    Ok(shown)
+}
+
+fn has_tags(options: &Options, api: &Api, qube: &Qube) -> Outcome<bool> {
+    if options.tags.is_empty() && options.exclude_tags.is_empty() {
+        return Ok(true);
+    }
+    let tags = api.names("admin.vm.tag.List", &qube.name, "")?;
+    let has_one = |of: &[String]| of.iter().any(|tag| tags.contains(tag));
+    Ok((options.tags.is_empty() || has_one(&options.tags)) && !has_one(&options.exclude_tags))
+}

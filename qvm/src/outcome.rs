@@ -1,0 +1,82 @@
+//! How a tool ends: the messages and exit statuses of Python's argparse and of `QubesArgumentParser` (qubesadmin/tools/__init__.py).
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use admin_api::ApiError;
+use clap::Parser;
+
+/// Status of a wrong command line.
+pub const USAGE: u8 = 2;
+/// Status of what did not work.
+pub const FAILED: u8 = 1;
+
+/// What a tool ends with: its exit status, or why there is none.
+pub type Outcome<T = u8> = Result<T, Failure>;
+
+/// Why a tool ends early.
+#[derive(Debug)]
+pub enum Failure {
+    /// The command line is wrong, or names what is not there: the usage, then `TOOL: error: …`, status 2.
+    Usage(String),
+    /// It did not work: `TOOL: error: …`.
+    Runtime(String, u8),
+    /// It did not work, in a tool that says `Error: …`, status 1.
+    Error(String),
+}
+
+impl Failure {
+    /// For `map_err`, in tools that say `Error: …`.
+    pub fn error(message: impl Display) -> Failure {
+        Failure::Error(message.to_string())
+    }
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Failure {
+        Failure::Runtime(error.to_string(), FAILED)
+    }
+}
+
+/// Runs a tool: parses its arguments, tells how it ended, and gives its exit status.
+pub fn tool<P: Parser>(name: &'static str, args: Vec<OsString>, run: impl FnOnce(P) -> Outcome) -> u8 {
+    let command = || P::command().name(name).bin_name(name);
+    let parsed =
+        command().try_get_matches_from(args).and_then(|mut matches| P::from_arg_matches_mut(&mut matches));
+    let options = match parsed {
+        Ok(options) => options,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { USAGE } else { 0 };
+        }
+    };
+    match run(options) {
+        Ok(status) => status,
+        Err(Failure::Usage(message)) => {
+            let usage = command().render_usage().to_string();
+            eprintln!("{}\n{name}: error: {message}", usage.replacen("Usage", "usage", 1));
+            USAGE
+        }
+        Err(Failure::Runtime(message, status)) => {
+            eprintln!("{name}: error: {message}");
+            status
+        }
+        Err(Failure::Error(message)) => {
+            eprintln!("Error: {message}");
+            FAILED
+        }
+    }
+}
+
+/// Prints to standard output. A reader that is gone is no reason to panic.
+pub fn print(text: &str) -> Outcome<()> {
+    let mut out = io::stdout().lock();
+    let printed = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    printed.map_err(|error| Failure::Runtime(format!("cannot write to standard output: {error}"), FAILED))
+}
+
+/// A name as Python shows it.
+pub fn quoted(name: &str) -> String {
+    format!("'{name}'")
+}

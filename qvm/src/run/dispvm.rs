@@ -1,0 +1,64 @@
+//! In a fresh disposable, by `dispvm-launch`.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use super::command::What;
+use super::qrexec::status_of;
+use super::Options;
+use crate::outcome::{Failure, Outcome, FAILED};
+
+const LAUNCHER: &str = "dispvm-launch";
+
+/// Runs it, in a disposable of `dvm`, or of the default one if that is empty.
+pub fn run(options: &Options, dvm: &str, what: &What) -> Outcome {
+    if options.user.is_some() {
+        return Err(Failure::Usage(
+            "--user is not possible with --dispvm: it is the disposable's own user".into(),
+        ));
+    }
+    options.tell(what, &if dvm.is_empty() { "@dispvm".to_owned() } else { format!("@dispvm:{dvm}") });
+    let mut command = Command::new(launcher());
+    if !dvm.is_empty() {
+        command.args(["--dvm", dvm]);
+    }
+    match what {
+        What::Service(service) => command.args(["--service", service]),
+        What::Shell(line) => command.args(["--", "sh", "-c", line]),
+        What::Argv(words) => command.arg("--").args(words),
+    };
+    if let Some(local) = &options.localcmd {
+        return connect(command, local);
+    }
+    if !options.pass_io {
+        // Standard error stays: it is where the launcher says why there is no disposable.
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+    }
+    Err(not_started(command.exec()))
+}
+
+/// Beside this program, or wherever PATH has it.
+fn launcher() -> PathBuf {
+    let beside = std::env::current_exe().ok().map(|own| own.with_file_name(LAUNCHER));
+    beside.filter(|path| path.exists()).unwrap_or_else(|| LAUNCHER.into())
+}
+
+/// Connects what runs in the disposable with a program here, each one's output being the other's input.
+fn connect(mut launcher: Command, local: &str) -> Outcome {
+    let mut launched = launcher.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(not_started)?;
+    let (Some(input), Some(output)) = (launched.stdin.take(), launched.stdout.take()) else {
+        return Err(not_started(io::Error::other("it has no pipes")));
+    };
+    let local = Command::new("sh").args(["-c", local]).stdin(output).stdout(input).spawn();
+    let failed = |step| move |error| Failure::Runtime(format!("cannot {step}: {error}"), FAILED);
+    let mut local = local.map_err(failed("run the --localcmd"))?;
+    let status = launched.wait().map_err(failed("wait for dispvm-launch"))?;
+    local.wait().map_err(failed("wait for the --localcmd"))?;
+    Ok(status_of(status))
+}
+
+fn not_started(error: io::Error) -> Failure {
+    Failure::Runtime(format!("cannot run {LAUNCHER}: {error}. It belongs beside qvm, or into PATH"), FAILED)
+}
