@@ -1,6 +1,11 @@
-//! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user.
+//! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user; `dispvm-agent vmexec
+//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`.
 
-use std::process::ExitCode;
+use std::ffi::{OsStr, OsString};
+use std::io::ErrorKind;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
 
 use guest_agent::agent::Agent;
 use guest_agent::cgroup::Freezer;
@@ -15,8 +20,9 @@ fn main() -> ExitCode {
     let result = match args.as_slice() {
         [] => serve(),
         [word] if word == "session" => session::run().map(|never| match never {}),
+        [word, argument] if word == "vmexec" => return become_command(argument),
         _ => {
-            eprintln!("usage: dispvm-agent [session]");
+            eprintln!("usage: dispvm-agent [session | vmexec ARGUMENT]");
             return ExitCode::from(2);
         }
     };
@@ -27,6 +33,22 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Returns when it could not, with the status that qrexec has for that.
+fn become_command(encoded: &OsStr) -> ExitCode {
+    let argv = match qrexec::vmexec::decode(encoded.as_bytes()) {
+        Ok(argv) => argv,
+        Err(error) => {
+            eprintln!("dispvm-agent: qubes.VMExec: {error}");
+            return ExitCode::from(125);
+        }
+    };
+    let mut argv = argv.into_iter().map(OsString::from_vec);
+    let program = argv.next().unwrap_or_default();
+    let error = Command::new(&program).args(argv).exec();
+    eprintln!("dispvm-agent: run {}: {error}", program.to_string_lossy());
+    ExitCode::from(if error.kind() == ErrorKind::NotFound { 127 } else { 126 })
 }
 
 /// Waits for port and session, then serves until the guest is no more.
