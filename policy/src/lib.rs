@@ -7,8 +7,8 @@
 //! - what is allowed names a qube that is there, a template for disposables, or dom0, and never the caller itself;
 //! - evaluation is pure: it reads a [`Policy`] and a [`System`] and touches nothing else.
 //!
-//! Behaviour was read from QubesOS/qubes-core-qrexec, `qrexec/policy/parser.py` and `parser_compat.py` of R4.3; docs/policy.md
-//! lists where this crate is stricter.
+//! Behaviour was read from QubesOS/qubes-core-qrexec, `qrexec/policy/parser.py` and `parser_compat.py` as of R4.3;
+//! docs/policy.md lists where this crate is stricter.
 
 pub mod error;
 pub mod evaluate;

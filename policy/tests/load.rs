@@ -317,3 +317,31 @@ fn a_system_is_checked_before_anybody_is_looked_up_in_it() {
     let again = serde_json::to_vec(&system()).unwrap();
     assert_eq!(System::parse(&again).unwrap(), system());
 }
+
+/// What docs/policy.md shows is what is read.
+#[test]
+fn the_examples_of_the_docs_are_valid() {
+    let docs = include_str!("../../docs/policy.md");
+    let block = |start: &str| -> String {
+        let lines = docs.lines().skip_while(|line| !line.starts_with(&format!("    {start}")));
+        lines
+            .take_while(|line| line.starts_with("    "))
+            .map(|line| format!("{}\n", line.trim_start()))
+            .collect()
+    };
+    let example = System::parse(block("{\"domains\"").as_bytes()).unwrap();
+    assert_eq!(example.get("work").and_then(|qube| qube.default_dispvm.as_deref()), Some("debian-dvm"));
+    let policy = Policy::parse(Path::new("docs"), block("# SERVICE").as_bytes()).unwrap();
+    let decide = |target, call| policy.evaluate(&example, &Request::new("work", target, call));
+    assert!(matches!(decide("@dispvm", "qubes.OpenURL"), Verdict::Allow(_)));
+    assert!(matches!(decide("debian-dvm", "qubes.OpenURL"), Verdict::Ask(_)));
+    let number = |max: u64| format!("{},{:03}", max / 1000, max % 1000);
+    for line in [
+        format!("| rules | {} |", number(RULES_MAX)),
+        format!("| entries of a folder | {} |", number(ENTRIES_MAX)),
+        format!("8 MiB, {} reads |", number(READS_MAX)),
+        format!("| {DEPTH_MAX} deep |"),
+    ] {
+        assert!(docs.contains(&line), "{line}");
+    }
+}

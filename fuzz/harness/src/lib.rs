@@ -9,6 +9,7 @@
 //! ordinary toolchain (`tests/replay.rs`). README.md in the folder above says how to run either, and how to add a target.
 
 mod files;
+pub mod policies;
 pub mod qemu;
 pub mod records;
 pub mod savefile;
@@ -52,6 +53,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "vchan_ring", run: xen::ring },
     Target { name: "xenstore", run: xen::xenstore },
     Target { name: "snapshot_store", run: xen::store },
+    Target { name: "policy_file", run: policies::file },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.

@@ -305,3 +305,26 @@ fn write_xen_guests() {
     let ConfigText::Json(text) = small.config.to_text() else { unreachable!() };
     keep("xl_config", "nic", text);
 }
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_policies() {
+    let words =
+        "# opening\ns * @anyvm @dispvm allow\ns +x @tag:t @type:AppVM ask default_target=b notify=yes\n\
+                 s * * @dispvm:@tag:t allow target=@dispvm:dvm user=root autostart=no\n\
+                 * * uuid:1 @default allow target=dom0\n* * @adminvm * deny notify=no\n* * * @anyvm ask\n";
+    keep("policy_file", "rules", ["\0", words].concat());
+    keep("policy_file", "default", "\0s * @anyvm @dispvm allow\r\ns * @anyvm @anyvm deny\r\n");
+    keep(
+        "policy_file",
+        "directives",
+        "\0!include include/x\n!include-dir include\n!include-service s +x f\n!compat-4.0\n",
+    );
+    keep(
+        "policy_file",
+        "legacy",
+        "\u{1}# old\n$anyvm $dispvm allow,target=$dispvm:dvm,user=root\n$tag:t dom0 ask, default_target=$adminvm\n\
+         @anyvm $anyvm deny\n",
+    );
+    keep("policy_file", "legacy-include", "\u{1}$include:f\n");
+}
