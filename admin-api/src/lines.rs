@@ -138,9 +138,11 @@ impl Property {
     /// All lines of an answer of `GetAll`.
     pub fn decode_lines(answer: &[u8]) -> Result<Vec<(String, Property)>, DecodeError> {
         let line = |line: &str| {
-            let line = unescape(line)?;
             let (name, rest) = line.split_once(' ').ok_or(property("has one word"))?;
-            Ok((name.to_owned(), Property::decode(rest)?))
+            if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+                return Err(property("has a name that is no identifier"));
+            }
+            Ok((name.to_owned(), Property::decode(&unescape(rest)?)?))
         };
         lines("answer of property.GetAll", answer)?.map(line).collect()
     }
@@ -223,6 +225,10 @@ mod tests {
         }
         assert!(Property::decode_lines(b"a default=True type=str \\x\n").is_err());
         assert!(Property::decode_lines(b"a default=True type=str \\").is_err());
+        assert!(
+            Property::decode_lines(b"a\\\\b default=True type=str x").is_err(),
+            "a name that cannot be said again"
+        );
     }
 
     #[test]

@@ -44,14 +44,15 @@ pub fn tool<P: Parser>(name: &'static str, args: Vec<OsString>, run: impl FnOnce
     let command = || P::command().name(name).bin_name(name);
     let parsed =
         command().try_get_matches_from(args).and_then(|mut matches| P::from_arg_matches_mut(&mut matches));
-    let options = match parsed {
-        Ok(options) => options,
-        Err(error) => {
-            let _ = error.print();
-            return if error.use_stderr() { USAGE } else { 0 };
+    let outcome = match parsed {
+        Ok(options) => run(options),
+        Err(error) if error.use_stderr() => Err(Failure::Usage(summary(&error))),
+        Err(help) => {
+            let _ = help.print();
+            return 0;
         }
     };
-    match run(options) {
+    match outcome {
         Ok(status) => status,
         Err(Failure::Usage(message)) => {
             let usage = command().render_usage().to_string();
@@ -67,6 +68,15 @@ pub fn tool<P: Parser>(name: &'static str, args: Vec<OsString>, run: impl FnOnce
             FAILED
         }
     }
+}
+
+/// What is wrong with the arguments, in one line: the usage is told anyway.
+fn summary(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.split("\n\nUsage:").next().unwrap_or_default();
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let text = words.join(" ");
+    text.strip_prefix("error: ").map_or(text.clone(), str::to_owned)
 }
 
 /// Prints to standard output. A reader that is gone is no reason to panic.

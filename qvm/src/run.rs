@@ -1,10 +1,10 @@
 //! `qvm-run`: a command or a service in a qube, or in a fresh disposable.
 //!
-//! A disposable is `dispvm-launch`'s, which takes this process's place: its standard streams, its exit status and its end are
-//! those of the command. In a qube it is `qrexec-client`'s, called as the stock client calls it (qubesadmin/app.py, run_service).
+//! A disposable is `dispvm-launch`'s: its standard streams, its exit status and its end are those of the command. In a qube it is `qrexec-client`'s, called as the stock client calls it (qubesadmin/app.py, run_service).
 
 mod command;
 mod dispvm;
+mod filter;
 mod qrexec;
 
 use std::io::{self, IsTerminal, Write};
@@ -106,6 +106,7 @@ pub fn run(mut options: Options) -> Outcome {
     if options.colour_output.is_some() && !options.filters_escapes() {
         return Err(Failure::Usage("--color-output must be used with --filter-escape-chars".into()));
     }
+    let _mark = options.colour().map(Mark::new);
     if let Some(mut dvm) = options.dispvm.take() {
         // `--dispvm xterm`: without a command, what looks like a base is it.
         let is_base =
@@ -155,12 +156,9 @@ pub fn run(mut options: Options) -> Outcome {
             Err(Called::Failure(failure)) => return Err(failure),
         }
     }
-    let colour = options.colour().filter(|_| options.pass_io);
-    colour.iter().for_each(|colour| mark(&format!("\x1b[0;{colour}m")));
     for call in calls {
         status = status.max(call.wait()?);
     }
-    colour.iter().for_each(|_| mark("\x1b[0m"));
     Ok(status)
 }
 
@@ -182,7 +180,23 @@ fn call(options: &Options, api: &Api, qube: &str, what: &What) -> Result<qrexec:
     qrexec::call(options, qube, what, takes_argv).map_err(Called::Failure)
 }
 
-fn mark(sequence: &str) {
+/// What is printed while it lives has a colour.
+struct Mark;
+
+impl Mark {
+    fn new(colour: &str) -> Mark {
+        say(&format!("\x1b[0;{colour}m"));
+        Mark
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        say("\x1b[0m");
+    }
+}
+
+fn say(sequence: &str) {
     let mut out = io::stdout().lock();
     let _ = out.write_all(sequence.as_bytes()).and_then(|()| out.flush());
 }

@@ -8,6 +8,7 @@
 //! libFuzzer drives the same functions (`../fuzz_targets`) as the replay of the corpora does, an ordinary test on an
 //! ordinary toolchain (`tests/replay.rs`). README.md in the folder above says how to run either, and how to add a target.
 
+pub mod admin;
 mod files;
 pub mod policies;
 pub mod qemu;
@@ -54,6 +55,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "xenstore", run: xen::xenstore },
     Target { name: "snapshot_store", run: xen::store },
     Target { name: "policy_file", run: policies::file },
+    Target { name: "admin_request", run: admin::request },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.

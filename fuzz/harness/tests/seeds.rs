@@ -328,3 +328,30 @@ fn write_policies() {
     );
     keep("policy_file", "legacy-include", "\u{1}$include:f\n");
 }
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_admin_requests() {
+    use admin_api::lines::{Property, Type};
+    use admin_api::{Event, Exception, Kind, Reply, Request};
+
+    let request = |request: Request| request.encode().unwrap();
+    keep("admin_request", "list", request(Request::new("admin.vm.List", "dom0")));
+    let set = Request::new("admin.vm.property.Set", "work").argument("netvm").payload("sys-net");
+    keep("admin_request", "set", request(set));
+    keep("admin_request", "keyword", b"admin.vm.Start work keyword adminvm\0");
+    let gone =
+        Exception { arguments: vec!["work".into(), "3".into()], ..Exception::new(Kind::VmNotFound, "") };
+    let gone = Exception { format: "%s is gone: %d of 100%%".into(), ..gone };
+    keep("admin_request", "exception", Reply::Exception(gone).encode());
+    keep(
+        "admin_request",
+        "event",
+        Event::new("work", "property-set:netvm").detail("newvalue", "sys-net").encode(),
+    );
+    let qubes = "dom0 class=AdminVM state=Running\nwork class=AppVM state=Halted uuid=1-2\n";
+    keep("admin_request", "qubes", qubes);
+    let lines = Property::new(true, Type::Str, "a\\b\nc").encode_line("kernelopts")
+        + &Property::new(false, Type::Vm, "").encode_line("netvm");
+    keep("admin_request", "properties", lines);
+}

@@ -1,11 +1,13 @@
-//! In a fresh disposable, by `dispvm-launch`.
+//! In a fresh disposable, by `dispvm-launch`: in this process's place, or behind a filter if a terminal is to show what it prints.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::thread;
 
 use super::command::What;
+use super::filter::copy;
 use super::qrexec::status_of;
 use super::Options;
 use crate::outcome::{Failure, Outcome, FAILED};
@@ -29,14 +31,45 @@ pub fn run(options: &Options, dvm: &str, what: &What) -> Outcome {
         What::Shell(line) => command.args(["--", "sh", "-c", line]),
         What::Argv(words) => command.arg("--").args(words),
     };
+    let filters = Filters {
+        stdout: options.pass_io && options.filters_escapes(),
+        stderr: options.filters_escapes() || (!options.no_filter_escape_chars && io::stderr().is_terminal()),
+    };
     if let Some(local) = &options.localcmd {
-        return connect(command, local);
+        return connect(command, local, &filters);
     }
     if !options.pass_io {
         // Standard error stays: it is where the launcher says why there is no disposable.
         command.stdin(Stdio::null()).stdout(Stdio::null());
     }
-    Err(not_started(command.exec()))
+    match filters {
+        Filters { stdout: false, stderr: false } => Err(not_started(command.exec())),
+        filters => filter(command, filters),
+    }
+}
+
+/// Which of its streams go to a terminal.
+struct Filters {
+    stdout: bool,
+    stderr: bool,
+}
+
+/// Runs the launcher with nothing in what it prints that a terminal obeys. When this process ends early, nobody reads that any
+/// more, and the launcher ends too.
+fn filter(mut launcher: Command, filters: Filters) -> Outcome {
+    if filters.stdout {
+        launcher.stdout(Stdio::piped());
+    }
+    if filters.stderr {
+        launcher.stderr(Stdio::piped());
+    }
+    let mut launched = launcher.spawn().map_err(not_started)?;
+    let (out, err) = (launched.stdout.take(), launched.stderr.take());
+    thread::scope(|scope| {
+        scope.spawn(|| out.map(|out| copy(out, io::stdout())));
+        err.map(|err| copy(err, io::stderr()));
+    });
+    launched.wait().map(status_of).map_err(not_started)
 }
 
 /// Beside this program, or wherever PATH has it.
@@ -46,7 +79,10 @@ fn launcher() -> PathBuf {
 }
 
 /// Connects what runs in the disposable with a program here, each one's output being the other's input.
-fn connect(mut launcher: Command, local: &str) -> Outcome {
+fn connect(mut launcher: Command, local: &str, filters: &Filters) -> Outcome {
+    if filters.stderr {
+        launcher.stderr(Stdio::piped());
+    }
     let mut launched = launcher.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(not_started)?;
     let (Some(input), Some(output)) = (launched.stdin.take(), launched.stdout.take()) else {
         return Err(not_started(io::Error::other("it has no pipes")));
@@ -54,6 +90,7 @@ fn connect(mut launcher: Command, local: &str) -> Outcome {
     let local = Command::new("sh").args(["-c", local]).stdin(output).stdout(input).spawn();
     let failed = |step| move |error| Failure::Runtime(format!("cannot {step}: {error}"), FAILED);
     let mut local = local.map_err(failed("run the --localcmd"))?;
+    launched.stderr.take().map(|err| copy(err, io::stderr()));
     let status = launched.wait().map_err(failed("wait for dispvm-launch"))?;
     local.wait().map_err(failed("wait for the --localcmd"))?;
     Ok(status_of(status))

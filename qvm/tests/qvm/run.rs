@@ -76,6 +76,19 @@ fn the_launcher_beside_it_comes_first() {
 }
 
 #[test]
+fn what_a_terminal_obeys_is_filtered_and_marked() {
+    let rig = Rig::new(&[LIST, ("admin.vm.Start web", "")]);
+    rig.run(&["--dispvm", "-p", "--filter-escape-chars", "--", "cat"], "\x1b[2Jx\n")
+        .is(7, "\x1b[0;31m[--][sh][-c][cat]\n_[2Jx\n\x1b[0m");
+    rig.run(&["--dispvm", "-p", "--filter-escape-chars", "--no-color-output", "--", "cat"], "\x1b\n")
+        .is(7, "[--][sh][-c][cat]\n_\n");
+    rig.run(&["-p", "--no-gui", "--filter-escape-chars", "--colour-output=32", "web", "ls"], "")
+        .is(7, "\x1b[0;32m[-d][web][-t][-T][DEFAULT:QUBESRPC qubes.VMShell dom0]\nls; exit\n\x1b[0m");
+    rig.run(&["--color-output", "32", "web", "ls"], "")
+        .fails(2, "qvm-run: error: --color-output must be used with --filter-escape-chars");
+}
+
+#[test]
 fn without_pass_io_a_disposable_has_no_streams() {
     let rig = Rig::new(&[]);
     rig.run(&["-q", "--dispvm=debian-dvm", "xterm"], "in").is(7, "");
