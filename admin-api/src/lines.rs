@@ -139,7 +139,7 @@ impl Property {
     pub fn decode_lines(answer: &[u8]) -> Result<Vec<(String, Property)>, DecodeError> {
         let line = |line: &str| {
             let (name, rest) = line.split_once(' ').ok_or(property("has one word"))?;
-            if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
+            if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_') {
                 return Err(property("has a name that is no identifier"));
             }
             Ok((name.to_owned(), Property::decode(&unescape(rest)?)?))

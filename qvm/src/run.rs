@@ -19,6 +19,8 @@ use command::What;
 
 /// Status when the call could not be made: -1, as the stock client has it.
 const NOT_CALLED: u8 = 255;
+/// ANSI's red.
+const RED: &str = "31";
 
 /// Runs a command or a service in a qube.
 #[derive(Parser)]
@@ -56,6 +58,12 @@ pub struct Options {
     /// Do not mark it
     #[arg(long, visible_alias = "no-color-output", conflicts_with = "colour_output")]
     no_colour_output: bool,
+    /// Mark what it prints on standard error
+    #[arg(long, visible_alias = "color-stderr", value_name = "COLOUR")]
+    colour_stderr: Option<String>,
+    /// Do not mark it
+    #[arg(long, visible_alias = "no-color-stderr", conflicts_with = "colour_stderr")]
+    no_colour_stderr: bool,
     /// Filter terminal escape sequences [default: if the output is a terminal]
     #[arg(long)]
     filter_escape_chars: bool,
@@ -87,9 +95,20 @@ impl Options {
         self.filter_escape_chars || (!self.no_filter_escape_chars && io::stdout().is_terminal())
     }
 
+    /// Red where a terminal shows it, unless the user wants another colour or none.
     fn colour(&self) -> Option<&str> {
-        let default = || (self.filters_escapes() && !self.no_colour_output).then_some("31");
+        let default = || (self.filters_escapes() && !self.no_colour_output).then_some(RED);
         self.colour_output.as_deref().or_else(default)
+    }
+
+    fn stderr_colour(&self) -> Option<&str> {
+        let is_marked = || io::stderr().is_terminal() && self.colour().is_none() && !self.no_colour_stderr;
+        self.colour_stderr.as_deref().or_else(|| is_marked().then_some(RED))
+    }
+
+    /// Whether something is to be printed after it.
+    fn is_marked(&self) -> bool {
+        self.colour().is_some() || self.stderr_colour().is_some()
     }
 
     /// Says where it is run, unless the user would rather not know.
@@ -106,7 +125,7 @@ pub fn run(mut options: Options) -> Outcome {
     if options.colour_output.is_some() && !options.filters_escapes() {
         return Err(Failure::Usage("--color-output must be used with --filter-escape-chars".into()));
     }
-    let _mark = options.colour().map(Mark::new);
+    let _mark = Mark::new(&options);
     if let Some(mut dvm) = options.dispvm.take() {
         // `--dispvm xterm`: without a command, what looks like a base is it.
         let is_base =
@@ -181,22 +200,35 @@ fn call(options: &Options, api: &Api, qube: &str, what: &What) -> Result<qrexec:
 }
 
 /// What is printed while it lives has a colour.
-struct Mark;
+struct Mark {
+    stdout: bool,
+    stderr: bool,
+}
 
 impl Mark {
-    fn new(colour: &str) -> Mark {
-        say(&format!("\x1b[0;{colour}m"));
-        Mark
+    fn new(options: &Options) -> Mark {
+        let begin = |to: &mut dyn Write, colour: Option<&str>| {
+            colour.iter().for_each(|colour| say(to, &format!("\x1b[0;{colour}m")));
+            colour.is_some()
+        };
+        Mark {
+            stdout: begin(&mut io::stdout(), options.colour()),
+            stderr: begin(&mut io::stderr(), options.stderr_colour()),
+        }
     }
 }
 
 impl Drop for Mark {
     fn drop(&mut self) {
-        say("\x1b[0m");
+        if self.stdout {
+            say(&mut io::stdout(), "\x1b[0m");
+        }
+        if self.stderr {
+            say(&mut io::stderr(), "\x1b[0m");
+        }
     }
 }
 
-fn say(sequence: &str) {
-    let mut out = io::stdout().lock();
-    let _ = out.write_all(sequence.as_bytes()).and_then(|()| out.flush());
+fn say(to: &mut dyn Write, sequence: &str) {
+    let _ = to.write_all(sequence.as_bytes()).and_then(|()| to.flush());
 }

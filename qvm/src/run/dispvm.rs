@@ -43,7 +43,7 @@ pub fn run(options: &Options, dvm: &str, what: &What) -> Outcome {
         command.stdin(Stdio::null()).stdout(Stdio::null());
     }
     match filters {
-        Filters { stdout: false, stderr: false } => Err(not_started(command.exec())),
+        Filters { stdout: false, stderr: false } if !options.is_marked() => Err(not_started(command.exec())),
         filters => filter(command, filters),
     }
 }
@@ -90,7 +90,9 @@ fn connect(mut launcher: Command, local: &str, filters: &Filters) -> Outcome {
     let local = Command::new("sh").args(["-c", local]).stdin(output).stdout(input).spawn();
     let failed = |step| move |error| Failure::Runtime(format!("cannot {step}: {error}"), FAILED);
     let mut local = local.map_err(failed("run the --localcmd"))?;
-    launched.stderr.take().map(|err| copy(err, io::stderr()));
+    if let Some(err) = launched.stderr.take() {
+        let _ = copy(err, io::stderr());
+    }
     let status = launched.wait().map_err(failed("wait for dispvm-launch"))?;
     local.wait().map_err(failed("wait for the --localcmd"))?;
     Ok(status_of(status))

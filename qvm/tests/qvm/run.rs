@@ -84,6 +84,12 @@ fn what_a_terminal_obeys_is_filtered_and_marked() {
         .is(7, "[--][sh][-c][cat]\n_\n");
     rig.run(&["-p", "--no-gui", "--filter-escape-chars", "--colour-output=32", "web", "ls"], "")
         .is(7, "\x1b[0;32m[-d][web][-t][-T][DEFAULT:QUBESRPC qubes.VMShell dom0]\nls; exit\n\x1b[0m");
+    let marked = rig.run(&["-p", "--no-gui", "--no-color-output", "--color-stderr", "34", "web", "ls"], "");
+    assert_eq!(marked.err, "\x1b[0;34m\x1b[0m");
+    let marked = rig.run(&["-p", "--color-stderr", "34", "--dispvm", "--", "ls"], "");
+    assert_eq!((marked.status, &marked.err[..]), (7, "\x1b[0;34m\x1b[0m"));
+    rig.run(&["-p", "--no-gui", "--no-color-output", "--no-color-stderr", "web", "ls"], "")
+        .is(7, "[-d][web][DEFAULT:QUBESRPC qubes.VMShell dom0]\nls; exit\n");
     rig.run(&["--color-output", "32", "web", "ls"], "")
         .fails(2, "qvm-run: error: --color-output must be used with --filter-escape-chars");
 }
