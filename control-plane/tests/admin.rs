@@ -500,3 +500,35 @@ fn get_all_with_two_hundred_qubes_is_quick() {
     println!("GetAll: median {:?}, most {:?}; List: {:?}", times[25], times[49], start.elapsed());
     assert!(times[25] < Duration::from_millis(20), "{:?}", times[25]);
 }
+
+/// The program itself, linked as it is installed: it serves the socket beside what it did before, and takes it away at its end.
+#[test]
+fn dispvmd_serves_the_api_until_it_is_told_to_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("qubesd.sock");
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_dispvmd"))
+        .arg("--root")
+        .arg(folder.path().join("state"))
+        .arg("--api-socket")
+        .arg(&socket)
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let list = loop {
+        match call_within(&socket, &Request::new("admin.vm.List", "dom0"), Duration::from_secs(5)) {
+            Ok(list) => break list,
+            Err(error) => {
+                assert!(daemon.try_wait().unwrap().is_none() && Instant::now() < deadline, "{error}")
+            }
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    assert!(list.starts_with(b"dom0 class=AdminVM state=Running "));
+    let pid = nix::unistd::Pid::from_raw(daemon.id() as i32);
+    // Its own threads must not be what the signal ends.
+    std::thread::sleep(Duration::from_millis(200));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(daemon.wait().unwrap().success());
+    assert!(!socket.exists());
+}

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use admin_api::{DecodeError, Reply, Request, REQUEST_BYTES_MAX};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::unistd::{Gid, Group, Uid, User};
+use nix::unistd::Gid;
 
 use super::answer::Refusal;
 use super::world::Context;
@@ -91,9 +91,9 @@ fn bind(path: &Path) -> Result<UnixListener> {
     let _ = fs::remove_file(&aside);
     let bound = UnixListener::bind(&aside).map_err(Error::io("listen on", &aside))?;
     let named = fs::set_permissions(&aside, fs::Permissions::from_mode(MODE)).and_then(|()| {
-        if let Some(group) = group() {
+        if let Some((gid, _)) = group() {
             // Who is not root may not be able to; then only the owner gets in.
-            let _ = nix::unistd::chown(&aside, None, Some(group.gid));
+            let _ = nix::unistd::chown(&aside, None, Some(gid));
         }
         fs::rename(&aside, path)
     });
@@ -108,8 +108,20 @@ fn is_socket(there: &fs::Metadata) -> bool {
     std::os::unix::fs::FileTypeExt::is_socket(&there.file_type())
 }
 
-fn group() -> Option<Group> {
-    Group::from_name(GROUP).ok().flatten()
+/// The group's number and its members, as /etc/group has them. The C library is not asked: in a static binary its way to name
+/// services is not there.
+fn group() -> Option<(Gid, Vec<String>)> {
+    let groups = fs::read_to_string("/etc/group").ok()?;
+    let mut fields = groups.lines().find(|line| line.split(':').next() == Some(GROUP))?.split(':').skip(2);
+    let gid = fields.next()?.parse().ok()?;
+    let members = fields.next().unwrap_or_default();
+    Some((Gid::from_raw(gid), members.split(',').map(str::to_owned).collect()))
+}
+
+fn user_name(uid: u32) -> Option<String> {
+    let users = fs::read_to_string("/etc/passwd").ok()?;
+    let is_theirs = |line: &&str| line.split(':').nth(2).is_some_and(|field| field.parse() == Ok(uid));
+    users.lines().find(is_theirs)?.split(':').next().map(str::to_owned)
 }
 
 struct Server {
@@ -173,10 +185,9 @@ fn may_call(stream: &UnixStream) -> bool {
     if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
         return true;
     }
-    let is_member = group().is_some_and(|group| {
-        let user = User::from_uid(Uid::from_raw(peer.uid.as_raw())).ok().flatten();
-        group.gid == Gid::from_raw(peer.gid.as_raw())
-            || user.is_some_and(|user| group.mem.contains(&user.name))
+    let is_member = group().is_some_and(|(gid, members)| {
+        gid == Gid::from_raw(peer.gid.as_raw())
+            || user_name(peer.uid.as_raw()).is_some_and(|name| members.contains(&name))
     });
     if !is_member {
         tracing::warn!(uid = peer.uid.as_raw(), "refused a caller of the Admin API");
