@@ -202,7 +202,7 @@ pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> R
 
 /// Takes the lock that a qube's keeper holds while the qube runs itself; refused while it does. Its folder must be there.
 pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
-    state::try_lock(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
+    state::try_lock_patiently(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
         Error::new(Kind::Refused, format!("{name} is running"))
             .hint(format!("wait until its `dispvm-qube start {name}` has ended"))
     })

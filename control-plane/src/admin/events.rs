@@ -89,6 +89,9 @@ fn survey(context: &Context) -> Result<BTreeMap<String, Seen>> {
 
 /// Removes what is left of disposables that are gone.
 pub(super) fn sweep(context: &Context) -> Result<()> {
+    if !context.state.disposables().exists() {
+        return Ok(());
+    }
     let _lock = settings::lock(&context.state)?;
     let world = World::new(context);
     let owner =

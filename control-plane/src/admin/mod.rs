@@ -8,7 +8,8 @@
 //! - **serving**: `api` (method by method), `events`, [`server`] (the socket).
 //!
 //! Invariants:
-//! - The disk is the truth: each request reads the records it needs, and nothing is remembered between two requests.
+//! - The disk is the truth: each request reads the records it needs, and nothing is remembered between two
+//!   requests, but for half a second which clones are spares.
 //! - Only what was set by hand is written; defaults are computed when asked for, so that they follow what they inherit from.
 //! - What makes a savefile stale (memory, vCPUs, template, label, `template_for_dispvms`, spares) is in `qube.toml`, where the
 //!   engine reads it; a property of that kind is written through.

@@ -256,12 +256,9 @@ impl<'a> World<'a> {
         {
             return false;
         }
-        let lock = self.state.qube(&clone.dvm).join("start.lock");
-        if !lock.exists() || !state::is_locked(&lock).unwrap_or(false) {
-            return false;
-        }
         let command = std::fs::read_to_string(format!("/proc/{}/comm", clone.pid)).unwrap_or_default();
-        command.trim_end() == "dispvm-qube"
+        let lock = self.state.qube(&clone.dvm).join("start.lock");
+        command.trim_end() == "dispvm-qube" && lock.exists() && state::is_locked(&lock).unwrap_or(false)
     }
 
     pub(super) fn is_spare(&self, vm: &Vm) -> bool {
