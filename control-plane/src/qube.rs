@@ -181,20 +181,28 @@ impl Qube {
     }
 }
 
-/// Changes a DVM template's record under its lock.
-pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> Result<()> {
+/// Changes a qube's record under its lock.
+pub fn update(state: &State, name: &str, change: impl FnOnce(&mut Qube) -> Result<()>) -> Result<()> {
     let _lock = state::lock(&state.qube(name).join("record.lock"))?;
     let mut qube = Qube::load(state, name)?;
-    match &mut qube.class {
-        Class::AppVM(dvm) => change(dvm),
-        Class::TemplateVM(_) => return Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
-    }
+    change(&mut qube)?;
     qube.save(state)
+}
+
+/// Changes a DVM template's record under its lock.
+pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> Result<()> {
+    update(state, name, |qube| match &mut qube.class {
+        Class::AppVM(dvm) => {
+            change(dvm);
+            Ok(())
+        }
+        Class::TemplateVM(_) => Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
+    })
 }
 
 /// Takes the lock that a qube's keeper holds while the qube runs itself; refused while it does. Its folder must be there.
 pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
-    state::try_lock(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
+    state::try_lock_patiently(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
         Error::new(Kind::Refused, format!("{name} is running"))
             .hint(format!("wait until its `dispvm-qube start {name}` has ended"))
     })

@@ -5,9 +5,13 @@
 //! ROOT/qubes/TEMPLATE/root/GEN/{root.img,vmlinuz,initrd}    immutable, one folder per generation
 //! ROOT/qubes/DVM/private/GEN.img             immutable
 //! ROOT/qubes/DVM/savefile/GEN.savefile       immutable
+//! ROOT/qubes/NAME/settings.toml              what Qubes knows of it beyond its record (crate::admin::settings)
 //! ROOT/qubes/NAME/start.lock                 held while the qube runs itself (crate::start)
 //! ROOT/hot/HASH/                             admitted savefiles, by root hash
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
+//! ROOT/{system,dom0}.toml                    the system's settings, and dom0's
+//! ROOT/disposables/dispN-STARTED.toml        settings of a disposable that runs
+//! ROOT/settings.lock                         held by whoever changes settings
 //! ROOT/use.lock                              see State::use_lock
 //! ROOT/dispvmd.{sock,lock}                   where the daemon listens, and that there is one
 //! ROOT/names                                 when each name was last in use
@@ -86,6 +90,26 @@ impl State {
     /// The living clones' records.
     pub fn clones(&self) -> PathBuf {
         self.root.join("clones")
+    }
+
+    /// The system's settings.
+    pub fn system_settings(&self) -> PathBuf {
+        self.root.join("system.toml")
+    }
+
+    /// Dom0's settings.
+    pub fn admin_settings(&self) -> PathBuf {
+        self.root.join("dom0.toml")
+    }
+
+    /// Settings of disposables that run.
+    pub fn disposables(&self) -> PathBuf {
+        self.root.join("disposables")
+    }
+
+    /// Held by whoever changes settings.
+    pub fn settings_lock(&self) -> PathBuf {
+        self.root.join("settings.lock")
     }
 
     /// The ledger of names.

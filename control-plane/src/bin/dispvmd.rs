@@ -1,13 +1,16 @@
 //! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use control_plane::admin;
 use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
 use control_plane::daemon::protocol::Status;
 use control_plane::daemon::{client, keeper, server};
 use control_plane::error::{Error, Kind, Result};
+use nix::sys::signal::{SigSet, Signal};
 
 /// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh.
 ///
@@ -26,6 +29,9 @@ struct Options {
     /// Age in seconds at which a spare is replaced
     #[arg(long, value_name = "S", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
     spare_age: u64,
+    /// Serve Qubes' Admin API on a socket at this path, as qubesd does at /var/run/qubesd.sock
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -70,6 +76,9 @@ fn run(options: Options) -> Result<()> {
     match options.command {
         None => {
             let age_max = Duration::from_secs(options.spare_age);
+            // Before there are other threads, which would end the process at the first of them.
+            block_signals().map_err(Error::failed("block signals"))?;
+            let _api = options.api_socket.map(|path| admin::server::serve(&state, &path)).transpose()?;
             server::run(&state, &machine()?, server::Options { spares: options.spares, age_max })
         }
         Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
@@ -84,6 +93,15 @@ fn run(options: Options) -> Result<()> {
             print_status(&status, json)
         }
     }
+}
+
+/// Those the daemon waits for: a thread that has them blocked leaves them to it.
+fn block_signals() -> nix::Result<()> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block()
 }
 
 fn print_status(status: &Status, json: bool) -> Result<()> {

@@ -1,0 +1,46 @@
+//! What a method comes to: bytes, the protocol's exception, or a hang-up.
+//!
+//! qubesd tells a client of failures that are its business (QubesException and its kin), and closes the connection without a word
+//! on calls that are malformed or not permitted (PermissionDenied, ProtocolError): QubesOS/qubes-core-admin
+//! `qubes/api/__init__.py`, `QubesDaemonProtocol.respond`, R4.3.
+
+use admin_api::{Exception, Kind};
+
+use crate::error::Error;
+use crate::output::error_text;
+
+/// Why a call has no answer.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// The client is told.
+    Exception(Exception),
+    /// The client is hung up on; the log says why.
+    Silent(String),
+}
+
+/// What a method comes to.
+pub(super) type Answer<T = Vec<u8>> = Result<T, Refusal>;
+
+/// A failure the client is told of.
+pub(super) fn exception(kind: Kind, message: impl AsRef<str>) -> Refusal {
+    Refusal::Exception(Exception::new(kind, message.as_ref()))
+}
+
+/// A call that is no proper one.
+pub(super) fn silent(why: impl Into<String>) -> Refusal {
+    Refusal::Silent(why.into())
+}
+
+/// Hangs up unless it holds.
+pub(super) fn enforce(holds: bool, why: &str) -> Answer<()> {
+    match holds {
+        true => Ok(()),
+        false => Err(silent(why)),
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        exception(Kind::QubesException, error_text(&error))
+    }
+}

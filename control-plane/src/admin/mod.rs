@@ -1,0 +1,31 @@
+//! Qubes' Admin API: what Qubes knows of a qube, and qubesd's socket on which its tools read and change it.
+//!
+//! Who does what:
+//! - **records**: `settings` (what is set by hand, one file a qube and one for the system) beside the qubes' own ([`crate::qube`]);
+//! - **reading**: `world` (the qubes of one moment), `properties` (what each class has, and what holds where nothing is set),
+//!   `features`, `firewall`, `volumes`;
+//! - **changing**: `change` (properties), `features`, `lives` (create, remove, kill);
+//! - **serving**: `api` (method by method), `events`, [`server`] (the socket).
+//!
+//! Invariants:
+//! - The disk is the truth: each request reads the records it needs, and nothing is remembered between two
+//!   requests, but for half a second which clones are spares.
+//! - Only what was set by hand is written; defaults are computed when asked for, so that they follow what they inherit from.
+//! - What makes a savefile stale (memory, vCPUs, template, label, `template_for_dispvms`, spares) is in `qube.toml`, where the
+//!   engine reads it; a property of that kind is written through.
+//! - Changes are made one at a time, under one lock, checks included. One that cannot be written leaves everything as it was.
+//! - Names and limits are checked before anything is looked up by them; a request allocates no more than its own size and that
+//!   of the records it touches.
+
+mod answer;
+mod api;
+mod change;
+mod events;
+mod features;
+mod firewall;
+mod lives;
+pub mod properties;
+pub mod server;
+pub mod settings;
+mod volumes;
+mod world;

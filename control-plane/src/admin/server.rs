@@ -1,0 +1,303 @@
+//! The socket: one thread that accepts, one for each call, and one that looks for qubes that come and go.
+//!
+//! Invariants: only root, our own user and members of the group `qubes` are heard; there are never more than [`CALLS_MAX`] calls,
+//! [`LISTENERS_MAX`] of them for events; a request has [`REQUEST_LIMIT`] to come whole and at most
+//! [`admin_api::REQUEST_BYTES_MAX`] bytes, and its answer [`ANSWER_LIMIT`] to be read. The socket appears under its name with its mode
+//! and group, and takes the place of one only where nobody answers.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use admin_api::{DecodeError, Reply, Request, REQUEST_BYTES_MAX};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::unistd::Gid;
+
+use super::answer::Refusal;
+use super::world::Context;
+use super::{api, events};
+use crate::error::{Error, Kind, Result};
+use crate::state::State;
+
+/// Calls at once: `qvm-ls` makes one at a time. More wait in connect(2).
+const CALLS_MAX: usize = 64;
+/// Calls that listen for events, so that there is always room for others.
+const LISTENERS_MAX: usize = 32;
+/// The client sends a request in one piece.
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+/// A client that does not read its answer is hung up on.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+/// While there is no room for another call, or none could be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// What the events' clients are looked after.
+const LISTENER_POLL: Duration = Duration::from_millis(250);
+/// The group whose members may call.
+const GROUP: &str = "qubes";
+const MODE: u32 = 0o660;
+
+/// The socket while it is served. Dropping it removes it.
+#[derive(Debug)]
+pub struct Served {
+    path: PathBuf,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Serves the API on a socket at `path`, by threads that end with the process. Signals that somebody waits for are to be blocked
+/// before, for these threads do not know of them.
+pub fn serve(state: &State, path: &Path) -> Result<Served> {
+    let listener = bind(path)?;
+    let server = Arc::new(Server {
+        context: Context::new(state.clone()),
+        calls: AtomicUsize::new(0),
+        listeners: AtomicUsize::new(0),
+    });
+    let looker = Arc::clone(&server);
+    start("admin-look", move || looker.look_for_qubes())?;
+    start("admin-accept", move || accept(&server, &listener))?;
+    tracing::info!("the Admin API is at {}", path.display());
+    Ok(Served { path: path.to_owned() })
+}
+
+fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+    thread.map(drop).map_err(Error::failed("start a thread for the Admin API"))
+}
+
+/// A socket that has its mode and group before it has its name.
+fn bind(path: &Path) -> Result<UnixListener> {
+    if UnixStream::connect(path).is_ok() {
+        return Err(Error::new(Kind::Refused, format!("somebody answers at {} already", path.display()))
+            .hint("stop that service, or give another --api-socket"));
+    }
+    if fs::symlink_metadata(path).is_ok_and(|there| !is_socket(&there)) {
+        return Err(Error::new(Kind::Refused, format!("{} is no socket", path.display()))
+            .hint("give another --api-socket"));
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!(".{name}.{}", std::process::id()));
+    let _ = fs::remove_file(&aside);
+    let bound = UnixListener::bind(&aside).map_err(Error::io("listen on", &aside))?;
+    let named = fs::set_permissions(&aside, fs::Permissions::from_mode(MODE)).and_then(|()| {
+        if let Some((gid, _)) = group() {
+            // Who is not root may not be able to; then only the owner gets in.
+            let _ = nix::unistd::chown(&aside, None, Some(gid));
+        }
+        fs::rename(&aside, path)
+    });
+    named.map_err(|error| {
+        let _ = fs::remove_file(&aside);
+        Error::io("listen on", path)(error)
+    })?;
+    Ok(bound)
+}
+
+fn is_socket(there: &fs::Metadata) -> bool {
+    std::os::unix::fs::FileTypeExt::is_socket(&there.file_type())
+}
+
+/// The group's number and its members, as /etc/group has them. The C library is not asked: in a static binary its way to name
+/// services is not there.
+fn group() -> Option<(Gid, Vec<String>)> {
+    let groups = fs::read_to_string("/etc/group").ok()?;
+    let mut fields = groups.lines().find(|line| line.split(':').next() == Some(GROUP))?.split(':').skip(2);
+    let gid = fields.next()?.parse().ok()?;
+    let members = fields.next().unwrap_or_default();
+    Some((Gid::from_raw(gid), members.split(',').map(str::to_owned).collect()))
+}
+
+fn user_name(uid: u32) -> Option<String> {
+    let users = fs::read_to_string("/etc/passwd").ok()?;
+    let is_theirs = |line: &&str| line.split(':').nth(2).is_some_and(|field| field.parse() == Ok(uid));
+    users.lines().find(is_theirs)?.split(':').next().map(str::to_owned)
+}
+
+struct Server {
+    context: Context,
+    calls: AtomicUsize,
+    listeners: AtomicUsize,
+}
+
+/// One of a limited number; given back when dropped.
+struct Place<'a>(&'a AtomicUsize);
+
+impl<'a> Place<'a> {
+    fn take(count: &'a AtomicUsize, max: usize) -> Option<Place<'a>> {
+        let more = |taken: usize| (taken < max).then_some(taken + 1);
+        count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok().map(|_| Place(count))
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn accept(server: &Arc<Server>, listener: &UnixListener) {
+    loop {
+        if server.calls.load(Ordering::SeqCst) >= CALLS_MAX {
+            std::thread::sleep(ACCEPT_PAUSE);
+            continue;
+        }
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            // Out of descriptors: those who wait are heard when others have gone.
+            Err(error) => {
+                tracing::warn!("cannot accept a call: {error}");
+                std::thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        if !may_call(&stream) {
+            continue;
+        }
+        let server = Arc::clone(server);
+        let call = move || {
+            let Some(_place) = Place::take(&server.calls, CALLS_MAX) else { return };
+            if let Err(error) = server.answer(&stream) {
+                tracing::debug!("a call was not answered: {error}");
+            }
+            let _ = stream.shutdown(Shutdown::Both);
+        };
+        if let Err(error) = std::thread::Builder::new().name("admin-call".to_owned()).spawn(call) {
+            tracing::warn!("cannot start a thread for a call: {error}");
+            std::thread::sleep(ACCEPT_PAUSE);
+        }
+    }
+}
+
+/// Root, our own user, and members of the group. What the socket's mode says already is asked again of the peer itself.
+fn may_call(stream: &UnixStream) -> bool {
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(stream) else { return false };
+    if peer.uid.is_root() || peer.uid == rustix::process::geteuid() {
+        return true;
+    }
+    let is_member = group().is_some_and(|(gid, members)| {
+        gid == Gid::from_raw(peer.gid.as_raw())
+            || user_name(peer.uid.as_raw()).is_some_and(|name| members.contains(&name))
+    });
+    if !is_member {
+        tracing::warn!(uid = peer.uid.as_raw(), "refused a caller of the Admin API");
+    }
+    is_member
+}
+
+impl Server {
+    fn answer(&self, mut stream: &UnixStream) -> io::Result<()> {
+        stream.set_write_timeout(Some(ANSWER_LIMIT))?;
+        let request = match receive(stream)? {
+            Ok(request) => request,
+            Err(error) => {
+                tracing::warn!("a call that is none: {error}");
+                return Ok(());
+            }
+        };
+        if request.method == "admin.Events" {
+            return self.tell_events(stream, &request);
+        }
+        match api::call(&self.context, &request) {
+            Ok(data) => {
+                // Whoever has made or removed a qube hears of it before the next look.
+                if matches!(
+                    request.method.as_str(),
+                    "admin.vm.Create.AppVM" | "admin.vm.Remove" | "admin.vm.Kill"
+                ) {
+                    self.look();
+                }
+                stream.write_all(&Reply::Ok(data).encode())
+            }
+            Err(refusal) => refuse(stream, &request, refusal),
+        }
+    }
+
+    fn tell_events(&self, mut stream: &UnixStream, request: &Request) -> io::Result<()> {
+        let about = match api::events_about(&self.context, request) {
+            Ok(about) => about,
+            Err(refusal) => return refuse(stream, request, refusal),
+        };
+        let Some(_place) = Place::take(&self.listeners, LISTENERS_MAX) else {
+            tracing::warn!("more than {LISTENERS_MAX} clients want events");
+            return Ok(());
+        };
+        let events = self.context.events.listen(&about);
+        // From here on differences are told.
+        self.look();
+        loop {
+            match events.recv_timeout(LISTENER_POLL) {
+                Ok(event) => stream.write_all(&Reply::Event(event).encode())?,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) if has_gone(stream) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    fn look(&self) {
+        if let Err(error) = self.context.events.look(&self.context) {
+            tracing::warn!("cannot look for qubes that come and go: {error}");
+        }
+    }
+
+    fn look_for_qubes(&self) {
+        loop {
+            self.look();
+            if let Err(error) = events::sweep(&self.context) {
+                tracing::warn!("cannot remove the settings of ended disposables: {error}");
+            }
+            std::thread::sleep(events::LOOK_EVERY);
+        }
+    }
+}
+
+fn refuse(mut stream: &UnixStream, request: &Request, refusal: Refusal) -> io::Result<()> {
+    let Request { method, argument, source, destination, payload } = request;
+    match refusal {
+        Refusal::Exception(exception) => stream.write_all(&Reply::Exception(exception).encode()),
+        Refusal::Silent(why) => {
+            let bytes = payload.len();
+            tracing::warn!("hung up on {method}+{argument} ({source} → {destination}, {bytes} bytes): {why}");
+            Ok(())
+        }
+    }
+}
+
+/// Reads a request up to the end of the stream; however slowly it trickles, it has one limit of time.
+fn receive(mut stream: &UnixStream) -> io::Result<std::result::Result<Request, DecodeError>> {
+    let deadline = Instant::now() + REQUEST_LIMIT;
+    let (mut bytes, mut piece) = (Vec::new(), [0; 4096]);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut piece) {
+            Ok(0) => return Ok(Request::decode(&bytes)),
+            Ok(len) => bytes.extend_from_slice(piece.get(..len).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if bytes.len() > REQUEST_BYTES_MAX {
+            return Ok(Request::decode(&bytes));
+        }
+    }
+}
+
+/// Whether the other end is closed, and not only shut for sending, as every client's is.
+fn has_gone(stream: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}

@@ -1,0 +1,130 @@
+//! Volumes and pools as Qubes lists them: root and private are snapshots of an immutable generation, volatile is fresh, the
+//! kernel is read-only. There is one pool, the state folder.
+
+use std::path::PathBuf;
+
+use admin_api::lines::bool_text;
+
+use super::answer::{silent, Answer};
+use super::world::{Vm, VmKind, World};
+use crate::error::Error;
+use crate::state::State;
+
+/// The name of the pool.
+pub(super) const POOL: &str = "dispvm";
+/// As many revisions as stay without anybody's saying.
+const REVISIONS_TO_KEEP: u32 = 1;
+
+/// A volume.
+struct Volume {
+    name: &'static str,
+    bytes: u64,
+    path: PathBuf,
+    /// The volume it is a snapshot of when the qube starts.
+    source: Option<String>,
+    writable: bool,
+    /// Whether what is written stays.
+    kept: bool,
+}
+
+/// The names of a qube's volumes.
+pub(super) fn names(vm: &Vm) -> &'static [&'static str] {
+    match vm.kind {
+        VmKind::Admin => &[],
+        VmKind::Template(_) | VmKind::App(_) | VmKind::Disp(_) => &["root", "private", "volatile", "kernel"],
+    }
+}
+
+/// The answer of `admin.vm.volume.Info`.
+pub(super) fn info(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String> {
+    let volume = find(world, vm, name)?;
+    let revisions = vm.settings.volumes.get(name).and_then(|volume| volume.revisions_to_keep);
+    let usage = std::fs::metadata(&volume.path)
+        .map_or(0, |file| std::os::unix::fs::MetadataExt::blocks(&file).saturating_mul(512));
+    let pairs = [
+        ("pool", POOL.to_owned()),
+        ("vid", vid(&vm.name, volume.name)),
+        ("size", volume.bytes.to_string()),
+        ("usage", usage.to_string()),
+        ("rw", bool_text(volume.writable).to_owned()),
+        ("source", volume.source.clone().unwrap_or_default()),
+        ("path", volume.path.display().to_string()),
+        ("save_on_stop", bool_text(volume.kept).to_owned()),
+        ("snap_on_start", bool_text(volume.source.is_some()).to_owned()),
+        ("revisions_to_keep", revisions.unwrap_or(REVISIONS_TO_KEEP).to_string()),
+        // What a disposable writes is in memory or under a key that nobody has afterwards.
+        ("ephemeral", bool_text(volume.writable && !volume.kept).to_owned()),
+        ("is_outdated", bool_text(false).to_owned()),
+    ];
+    Ok(pairs.iter().map(|(key, value)| format!("{key}={value}\n")).collect())
+}
+
+/// The generations of a volume that are there, oldest first.
+pub(super) fn revisions(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String> {
+    find(world, vm, name)?;
+    let folder = match (&vm.kind, name) {
+        (VmKind::Template(_), "root") => world.state.qube(&vm.name).join("root"),
+        (VmKind::App(_), "private") => world.state.qube(&vm.name).join("private"),
+        _ => return Ok(String::new()),
+    };
+    let entries = std::fs::read_dir(&folder).map_err(|error| Error::io("list", &folder)(error))?;
+    let generation = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        name.strip_suffix(".img").unwrap_or(&name).parse::<u64>().ok()
+    };
+    let mut generations: Vec<u64> = entries.flatten().filter_map(generation).collect();
+    generations.sort_unstable();
+    Ok(generations.iter().map(|generation| format!("{generation}\n")).collect())
+}
+
+/// The answer of `admin.pool.Info`.
+pub(super) fn pool(state: &State) -> Answer<String> {
+    let folder = state.root();
+    let space = rustix::fs::statvfs(folder)
+        .map_err(|error| Error::io("ask for the space of", folder)(error.into()))?;
+    let bytes = |blocks: u64| blocks.saturating_mul(space.f_frsize);
+    let used = bytes(space.f_blocks.saturating_sub(space.f_bfree));
+    Ok(format!(
+        "dir_path={}\ndriver=file\nname={POOL}\nsize={}\nusage={used}\n",
+        folder.display(),
+        bytes(space.f_blocks)
+    ))
+}
+
+fn vid(qube: &str, volume: &str) -> String {
+    format!("{qube}/{volume}")
+}
+
+fn find(world: &World<'_>, vm: &Vm, name: &str) -> Answer<Volume> {
+    let known = names(vm).iter().find(|known| **known == name).copied();
+    let name = known.ok_or_else(|| silent("no such volume"))?;
+    // What a disposable starts from is its template's.
+    let based_on = match &vm.kind {
+        VmKind::Disp(clone) => Some(world.vm(&clone.dvm)?),
+        _ => None,
+    };
+    let here = based_on.as_deref().unwrap_or(vm);
+    let is_disposable = based_on.is_some();
+    let template = match here.template() {
+        Some(template) => Some(world.vm(template)?),
+        None => None,
+    };
+    let of_root = template.as_deref().unwrap_or(here);
+    let VmKind::Template(root) = &of_root.kind else { return Err(silent("a qube without a root volume")) };
+    let files = world.state.root_generation(&of_root.name, root.generation);
+    let volume = |bytes, path, source| Volume { name, bytes, path, source, writable: true, kept: false };
+    Ok(match (name, &here.kind) {
+        ("root", VmKind::Template(_)) => {
+            Volume { kept: true, ..volume(root.root_bytes, files.join("root.img"), None) }
+        }
+        ("root", _) => volume(root.root_bytes, files.join("root.img"), Some(vid(&of_root.name, "root"))),
+        ("private", VmKind::App(dvm)) => {
+            let path = world.state.private_image(&here.name, dvm.private_generation);
+            let source = is_disposable.then(|| vid(&here.name, "private"));
+            Volume { kept: !is_disposable, ..volume(dvm.private_mib << 20, path, source) }
+        }
+        ("volatile", VmKind::App(dvm)) => volume(dvm.volatile_mib << 20, PathBuf::new(), None),
+        ("kernel", _) => Volume { writable: false, ..volume(0, files.join("vmlinuz"), None) },
+        _ => volume(0, PathBuf::new(), None),
+    })
+}
