@@ -295,6 +295,13 @@ fn files_folders_and_rules_are_limited() {
     full.write("policy.d/1.policy", "!include include/x\n".repeat(9));
     assert_eq!(full.error(), "policy.d/include/x: more than 8388608 bytes read in all");
 
+    // The file that includes counts too.
+    full.write("policy.d/include/x", "");
+    full.write("policy.d/1.policy", "!include include/x\n".repeat(READS_MAX as usize - 1));
+    assert!(full.rules().is_empty());
+    full.write("policy.d/1.policy", "!include include/x\n".repeat(READS_MAX as usize));
+    assert_eq!(full.error(), format!("policy.d/include/x: more than {READS_MAX} files read in all"));
+
     for nth in 0..=ENTRIES_MAX {
         full.write(&format!("legacy/{nth}"), "");
     }
