@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
+use crate::admin::settings::System;
 use crate::error::{Error, Kind, Result};
 use crate::state::{self, State};
 
@@ -163,7 +164,7 @@ impl Qube {
                 Kind::Refused,
                 format!("{} does not serve as a template for disposables", self.name),
             )
-            .hint(format!("set template_for_dispvms = true in qubes/{}/qube.toml", self.name))),
+            .hint(format!("`qvm-prefs {} template_for_dispvms True`", self.name))),
             Class::TemplateVM(_) => Err(Error::new(
                 Kind::Refused,
                 format!("{} is a TemplateVM, disposables are made from a DVM template on it", self.name),
@@ -208,8 +209,16 @@ pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
     })
 }
 
-/// The DVM template to use when none is named: the only one there is.
+/// The DVM template to use when none is named: the default_dispvm that was set, or the only one there is.
 pub fn default_dvm(state: &State) -> Result<String> {
+    match System::load(state)?.properties.remove("default_dispvm") {
+        Some(none) if none.is_empty() => {
+            return Err(Error::new(Kind::Refused, "default_dispvm is set to none")
+                .hint("choose one with --dvm NAME, or `qubes-prefs default_dispvm NAME`"))
+        }
+        Some(name) => return Ok(name),
+        None => {}
+    }
     let mut dvms: Vec<String> =
         Qube::all(state)?.into_iter().filter(|qube| qube.dvm().is_ok()).map(|qube| qube.name).collect();
     match dvms.len() {
@@ -217,7 +226,7 @@ pub fn default_dvm(state: &State) -> Result<String> {
         0 => Err(Error::new(Kind::Usage, "there is no DVM template")
             .hint("`make demo` makes one, or `dispvm-qube add-template` and `dispvm-qube add-dvm`")),
         _ => Err(Error::new(Kind::Usage, format!("there are several DVM templates: {}", dvms.join(", ")))
-            .hint("choose one with --dvm NAME")),
+            .hint("choose one with --dvm NAME, or for good with `qubes-prefs default_dispvm NAME`")),
     }
 }
 

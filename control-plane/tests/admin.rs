@@ -78,7 +78,7 @@ impl Qubes {
     }
 
     fn disposable(&self, dvm: &str) -> Lease {
-        Lease::take(&self.state, dvm, "x", ("debian-12".into(), 1), Keeping::Launcher).unwrap()
+        Lease::take(&self.state, dvm, "x", ("debian-12".into(), 1), Keeping::Launcher, None).unwrap()
     }
 }
 

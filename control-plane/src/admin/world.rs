@@ -178,7 +178,8 @@ impl<'a> World<'a> {
                     return Ok(None);
                 };
                 // Its template may have been removed by hand.
-                let label = self.find(&clone.dvm)?.map_or("red".to_owned(), |dvm| dvm.label.clone());
+                let dvms = self.find(&clone.dvm)?.map(|dvm| dvm.label.clone());
+                let label = clone.label.clone().or(dvms).unwrap_or_else(|| "red".to_owned());
                 let owner = Owner::Disposable(name.to_owned(), clone.started);
                 let settings = match Settings::load_own(self.state, &owner)? {
                     Some(own) => own,

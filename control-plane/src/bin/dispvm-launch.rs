@@ -24,7 +24,7 @@ use qrexec::{Exec, User};
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// DVM template [default: the only one there is]
+    /// DVM template [default: the default_dispvm, or the only one there is]
     #[arg(long, value_name = "NAME")]
     dvm: Option<String>,
     /// The disposable's label, if it is not to be the DVM template's: red, orange, yellow, green, gray, blue, purple or black. There are
