@@ -13,6 +13,7 @@
 //! guest runs each instruction for the first time, and under emulation that is what costs. `Hello` and `Failed` are JSON.
 //!
 //! Files in reading order: `frame` (header), `decoder`, `host` and `guest` (typed frames), `exec`, `identity`, `exit`, `window`.
+//! Beside them, Qubes' own protocol: `stock` (docs/qrexec.md) and the texts it carries, `service`.
 
 mod decoder;
 mod error;
@@ -22,6 +23,8 @@ mod frame;
 mod guest;
 mod host;
 mod identity;
+pub mod service;
+pub mod stock;
 mod window;
 
 pub use decoder::Decoder;
