@@ -12,7 +12,8 @@
 //! What is on the way to a running command (`Identify`, `Exec`, `Exited`) has a fixed layout and no text to parse: a restored
 //! guest runs each instruction for the first time, and under emulation that is what costs. `Hello` and `Failed` are JSON.
 //!
-//! Files in reading order: `frame` (header), `decoder`, `host` and `guest` (typed frames), `exec`, `identity`, `exit`, `window`; and `vmexec`, which is Qubes' own.
+//! Files in reading order: `frame` (header), `decoder`, `host` and `guest` (typed frames), `exec`, `identity`, `exit`, `window`.
+//! Beside them, Qubes' own protocol: `stock` (docs/qrexec.md), the texts it carries, `service`, and one of these, `vmexec`.
 
 mod decoder;
 mod error;
@@ -22,6 +23,8 @@ mod frame;
 mod guest;
 mod host;
 mod identity;
+pub mod service;
+pub mod stock;
 pub mod vmexec;
 mod window;
 

@@ -10,6 +10,7 @@ use control_plane::cli::{fail, generate_if_asked, machine, Common, LOGIN_SHELL};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
 use control_plane::qube::{self, Qube};
+use qrexec::service::Service;
 use qrexec::{Exec, User};
 
 /// Runs a command in a fresh disposable VM.
@@ -103,17 +104,15 @@ fn exec(options: &Options) -> Result<Exec> {
 
 /// `SERVICE[+ARG]` is the executable /etc/qubes-rpc/SERVICE with ARG as its argument, as qrexec does.
 fn service_exec(text: &str) -> Result<Exec> {
-    let (service, argument) = text.split_once('+').unwrap_or((text, ""));
-    let legal =
-        |text: &str, more: &[u8]| text.bytes().all(|b| b.is_ascii_alphanumeric() || more.contains(&b));
-    if service.is_empty() || service.starts_with('.') || !legal(service, b"-._") || !legal(argument, b"-._+")
-    {
-        return Err(Error::new(Kind::Usage, format!("{text:?} is no service"))
-            .hint("SERVICE[+ARG], of letters, digits, '-', '.' and '_'"));
-    }
-    let mut exec = Exec::user([format!("/etc/qubes-rpc/{service}")]);
+    let service = Service::parse(text.as_bytes()).map_err(|error| {
+        Error::new(Kind::Usage, format!("{text:?} is no service"))
+            .because(error)
+            .hint("SERVICE[+ARG], of letters, digits, '-', '.' and '_'")
+    })?;
+    let argument = service.argument().unwrap_or_default();
+    let mut exec = Exec::user([format!("/etc/qubes-rpc/{}", service.name())]);
     // As the configuration says that Qubes ships beside it.
-    if service == "qubes.VMRootShell" {
+    if service.name() == "qubes.VMRootShell" {
         exec.user = User::Root;
     }
     if !argument.is_empty() {

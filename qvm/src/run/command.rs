@@ -61,26 +61,13 @@ pub fn shell_quoted(word: &str) -> String {
     }
 }
 
-/// A program and its arguments as the argument of qubes.VMExec: joined by `+`, a `-` doubled, and what no service's argument can
-/// hold as `-XX` in hexadecimal (qubes-core-admin-client, qubesadmin/utils.py, encode_for_vmexec).
-pub fn vmexec_argument(words: &[String]) -> String {
-    let byte = |byte: u8| match byte {
-        b'-' => "--".to_owned(),
-        byte if byte.is_ascii_alphanumeric() || b"._".contains(&byte) => char::from(byte).to_string(),
-        byte => format!("-{byte:02X}"),
-    };
-    let word = |word: &String| word.bytes().map(byte).collect::<String>();
-    words.iter().map(word).collect::<Vec<_>>().join("+")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn arguments_reach_the_shell_and_vmexec_whole() {
+    fn arguments_reach_the_shell_whole() {
         let words = ["ls", "a b", "it's", "", "é-x"].map(String::from);
-        assert_eq!(vmexec_argument(&words), "ls+a-20b+it-27s++-C3-A9--x");
         let line = What::Argv(words.to_vec()).shell_line();
         assert_eq!(line, r#"ls 'a b' 'it'"'"'s' '' 'é-x'"#);
         let printed =

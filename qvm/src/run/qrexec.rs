@@ -9,7 +9,7 @@ use std::thread;
 use admin_api::lines::Property;
 use admin_api::{ApiError, Kind};
 
-use super::command::{shell_quoted, vmexec_argument, What};
+use super::command::{shell_quoted, What};
 use super::Options;
 use crate::api::{is, Api};
 use crate::outcome::{Failure, Outcome, FAILED};
@@ -67,7 +67,7 @@ impl Call {
 pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Outcome<Call> {
     let (service, line) = match what {
         What::Service(service) => (service.clone(), None),
-        What::Argv(words) if takes_argv => (format!("qubes.VMExec+{}", vmexec_argument(words)), None),
+        What::Argv(words) if takes_argv => (format!("qubes.VMExec+{}", qrexec::vmexec::encode(words)), None),
         what => ("qubes.VMShell".into(), Some(format!("{}; exit", what.shell_line()))),
     };
     let mut flags: Vec<OsString> = Vec::new();
