@@ -12,6 +12,7 @@ pub mod admin;
 mod files;
 pub mod policies;
 pub mod qemu;
+pub mod qrexec_stock;
 pub mod records;
 pub mod savefile;
 pub mod sealed;
@@ -45,6 +46,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "control_socket", run: records::control_socket },
     Target { name: "guest_stream", run: stream::from_guest },
     Target { name: "host_stream", run: stream::from_host },
+    Target { name: "qrexec_stock", run: qrexec_stock::channel },
     Target { name: "qmp", run: qemu::qmp },
     Target { name: "qcow2", run: qemu::qcow2 },
     Target { name: "xl_stream", run: xl::stream },
