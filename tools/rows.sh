@@ -2,8 +2,8 @@
 # The rows of Qubes' behaviour (docs/rows.tsv) and the tests that prove them: rows.sh [ID…] runs those tests and prints the table that
 # docs/rows.md is.
 #
-# A test names its rows in the last line before #[test] (`/// Rows: L1, L5`), or begins its own name with one (`t4_…`, `xen_l1_…`). One
-# whose name begins with xen_ runs in a real Xen; others run on the embedded host, or need none.
+# A test names its rows in the last line before #[test] (`/// Rows: L1, L5`), or begins its own name with them (`t4_t5_…`, `xen_l1_…`).
+# One whose name begins with xen_ runs in a real Xen; others run on the embedded host, or need none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,11 +17,14 @@ proofs() {
             /#\[test\]/ { test = 1; next }
             test && /fn [a-z0-9_]+\(/ {
                 name = $0; sub(/.*fn /, "", name); sub(/\(.*/, "", name)
-                if (!rows && match(name, /^(xen_)?[ltnfs][0-9]_/)) {
-                    rows = toupper(substr(name, RSTART, RLENGTH - 1)); sub(/XEN_/, "", rows)
+                prefix = name
+                sub(/^xen_/, "", prefix)
+                if (!rows) while (match(prefix, /^[ltnfs][0-9]_/)) {
+                    rows = rows (rows ? ", " : "") toupper(substr(prefix, 1, 2)); prefix = substr(prefix, 4)
                 }
-                target = file; sub(/.*\//, "", target); sub(/\.rs$/, "", target)
-                kind = file ~ /\/tests\/[^\/]*$/ && file !~ /\/src\// ? "--test" : "--src"
+                split(file, part, "/")
+                kind = part[2] == "tests" ? "--test" : "--src"
+                target = part[3]; sub(/\.rs$/, "", target)
                 count = split(rows, ids, /, */)
                 for (at = 1; at <= count; at++)
                     print package, kind, target, name, (name ~ /^xen_/ ? "Xen" : package == "fixtures" ? "QEMU" : "any"), ids[at]

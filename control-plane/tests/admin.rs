@@ -190,7 +190,7 @@ fn t4_t5_t6_the_qubes_own_default_dispvm_wins_over_the_systems() {
 }
 
 #[test]
-fn t7_n1_a_dvm_template_names_itself_and_its_disposables_have_its_settings() {
+fn t7_a_dvm_template_names_itself_and_its_disposables_have_its_settings() {
     let qubes = Qubes::new();
     qubes.set("whonix-ws-dvm", "default_dispvm", "whonix-ws-dvm");
     qubes.set("work", "provides_network", "1");

@@ -8,7 +8,7 @@ const LIST: (&str, &str) = (
 );
 
 #[test]
-fn n8_rules_are_listed_added_and_removed() {
+fn rules_are_listed_added_and_removed() {
     let rules = "action=accept proto=tcp dsthost=qubes-os.org dstports=443-443\n\
                  action=accept specialtarget=dns\n\
                  action=drop dst4=10.0.0.0/8 comment=no LAN here\n";
