@@ -146,6 +146,10 @@ impl FromAgent {
             kind::TRIGGER_SERVICE => {
                 let mut fields = Fields { message: "TriggerService", rest: &raw.body };
                 let service = fields.text(SERVICE_V2_BYTES)?;
+                // As the lengths of v3 and v4 have it.
+                if service.is_empty() {
+                    return Err(WireError::malformed(fields.message, "no service is named"));
+                }
                 let target = fields.text(TARGET_V2_BYTES)?;
                 let request = fields.request()?;
                 Ok(Self::Trigger(Trigger { service, target, source: Vec::new(), request }))
