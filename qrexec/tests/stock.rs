@@ -55,6 +55,23 @@ fn calls_have_the_lengths_of_their_structs_and_come_back() {
 }
 
 #[test]
+fn a_call_of_no_service_is_refused_in_each_version() {
+    let fields = |lengths: &[usize]| -> Vec<u8> {
+        // Texts of one letter, each in its field; the last, the service, is empty.
+        lengths.iter().flat_map(|length| [b"a".to_vec(), vec![0; length - 1]].concat()).collect()
+    };
+    for (version, kind, body) in [
+        (Version::V2, kind::TRIGGER_SERVICE, [vec![0; 64], fields(&[32, 32])].concat()),
+        (Version::V3, kind::TRIGGER_SERVICE3, [fields(&[64, 32]), vec![0; 2]].concat()),
+        (Version::V4, kind::TRIGGER_SERVICE4, [fields(&[64, 64, 32]), vec![0; 2]].concat()),
+    ] {
+        let bytes = [&header(kind, body.len() as u32)[..], &body].concat();
+        let raw = one(Rules::FromAgent(version), &bytes).expect("its length is legal");
+        assert!(FromAgent::parse(&raw).is_err(), "{version:?}");
+    }
+}
+
+#[test]
 fn lengths_and_kinds_out_of_place_are_refused_at_the_header() {
     for (rules, kind, length) in [
         (Rules::Hello, kind::HELLO, 5),
