@@ -5,9 +5,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use engine::close;
-use engine::host::{Domain, Host, HostError};
+use engine::host::Domain;
 use engine::identity::{CloneNumber, Identity};
-use engine::image::hot::HotFiles;
 use engine::launch::{self, Clone, LaunchError};
 use engine::timeline::Timeline;
 use nix::sys::signal::Signal;
@@ -21,8 +20,8 @@ use crate::daemon::client::{Found, HandedOut, Lifeline};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::Guest;
 use crate::machine::{self, Machine};
+use crate::make::{launch_error, Connect, Maker, Rebuild};
 use crate::output::error_text;
-use crate::savefiles::{self, Readiness};
 use crate::session::{self, Attended, Caller, Ending, Signals};
 use crate::state::{self, State};
 
@@ -206,9 +205,9 @@ fn make(
         (true, true) => Rebuild::Start,
         (true, false) => Rebuild::UnderWay,
     };
-    let image = ready_image(state, &guest, &*host, rebuild, say)?;
-    let generation = image.as_ref().map(|(generation, ..)| *generation);
-    let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
+    let maker = Maker { state, guest: &guest, host: &*host, rebuild, say };
+    let image = maker.ready_image()?;
+    let root_hash = image.as_ref().map_or(String::new(), |image| image.root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
     let label = request.label.as_deref();
     let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher, label)?;
@@ -218,75 +217,15 @@ fn make(
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 
-    let connect = || {
+    let limits = machine.agent_limits();
+    let connect = || -> Box<Connect> {
         let exec = request.exec.clone();
-        move |pipe| AgentLink::with_command(pipe, exec).limited(machine.agent_limits())
+        Box::new(move |pipe| AgentLink::with_command(pipe, exec).limited(limits))
     };
-    let spec = &guest.spec;
-    let before = timeline.clone();
-    let restored = image.map(|(.., files)| {
-        launch::restore(&*host, spec, files, &confinement, &identity, connect(), timeline)
-    });
-    let (launched, generation) = match restored {
-        // Nothing has run in it yet.
-        Some(Err(LaunchError::Host(error))) if !matches!(error, HostError::Refused { .. }) => {
-            *timeline = before;
-            let error = error_text(&launch_error(LaunchError::Host(error)));
-            say_cold(
-                &format!("the savefile of {} does not restore ({error})", guest.dvm_name),
-                state,
-                &guest,
-                rebuild,
-                say,
-            );
-            (launch::cold(&*host, spec, &confinement, &identity, connect(), timeline), None)
-        }
-        Some(restored) => (restored, generation),
-        None => (launch::cold(&*host, spec, &confinement, &identity, connect(), timeline), None),
-    };
-    let Clone { domain, agent: link } = launched.map_err(launch_error)?;
+    let (Clone { domain, agent: link }, generation) =
+        maker.make(image, &confinement, &identity, connect, timeline)?;
     let (number, host) = (lease.number(), host.facts().kind.clone());
     Ok(Launched { number, host, generation, link, held: Held::Here { domain, lease } })
-}
-
-/// What is done about a savefile that does not serve.
-#[derive(Clone, Copy)]
-enum Rebuild {
-    No,
-    Start,
-    UnderWay,
-}
-
-/// The admitted image of a fresh savefile. Without one: says why, starts the rebuild, and answers `None`.
-fn ready_image(
-    state: &State,
-    guest: &Guest,
-    host: &dyn Host,
-    rebuild: Rebuild,
-    say: &dyn Fn(&str),
-) -> Result<Option<(u64, String, HotFiles)>> {
-    match savefiles::ready(state, guest, host)? {
-        Readiness::Ready { generation, root_hash, files } => Ok(Some((generation, root_hash, files))),
-        Readiness::Not { reason } => {
-            say_cold(&reason, state, guest, rebuild, say);
-            Ok(None)
-        }
-    }
-}
-
-/// Says why the clone boots cold, and has a savefile built for the next.
-fn say_cold(reason: &str, state: &State, guest: &Guest, rebuild: Rebuild, say: &dyn Fn(&str)) {
-    let started = match rebuild {
-        Rebuild::Start => savefiles::start_rebuild(state, &guest.dvm_name).map(drop),
-        Rebuild::No | Rebuild::UnderWay => Ok(()),
-    };
-    match (rebuild, started) {
-        (Rebuild::No, _) => say(&format!("{reason}; booting cold")),
-        (_, Ok(())) => {
-            say(&format!("{reason}; booting cold, a savefile is being built for the next launch"));
-        }
-        (_, Err(error)) => say(&format!("{reason}; booting cold, and cannot start the rebuild: {error}")),
-    }
 }
 
 /// Carries the command's streams until it ends.
@@ -300,14 +239,6 @@ fn converse(launched: &mut Launched, timeline: &mut Timeline) -> Result<Ending> 
     };
     session::run(&mut launched.link, attended, &caller, &mut signals, timeline)
         .map_err(Error::failed("run the command in the clone"))
-}
-
-fn launch_error(error: LaunchError) -> Error {
-    let kind = match &error {
-        LaunchError::Host(engine::host::HostError::Refused { .. }) => Kind::Refused,
-        _ => Kind::Failed,
-    };
-    Error::new(kind, "cannot launch a clone").because(error)
 }
 
 /// The exit status of a launch that failed.

@@ -3,7 +3,7 @@
 //! Rooms: [`state`] (the state folder), [`qube`] (records), [`templates`] and [`volume`] (their files), [`start`] (a qube itself, to
 //! change it), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
 //! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`savefiles`] (build, list, verify, rm, gc),
-//! [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`admin`] (Qubes' Admin API), [`cli`] (what the binaries share), [`error`].
+//! [`make`] (a clone, restored or booted), [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`admin`] (Qubes' Admin API), [`cli`] (what the binaries share), [`error`].
 
 pub mod admin;
 pub mod agent_link;
@@ -14,6 +14,7 @@ pub mod error;
 pub mod inputs;
 pub mod launcher;
 pub mod machine;
+pub mod make;
 pub mod names;
 pub mod output;
 pub mod qube;
