@@ -1,7 +1,6 @@
 //! The control plane: qubes and their settings, savefiles of DVM templates, and the launch of a clone.
 //!
-//! Rooms: [`state`] (the state folder), [`qube`] (records), [`templates`] and [`volume`] (their files), [`start`] (a qube itself, to
-//! change it), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
+//! Rooms: [`state`] (the state folder), [`qube`] (records), [`templates`] and [`volume`] (their files), [`run`] (a qube itself), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
 //! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`savefiles`] (build, list, verify, rm, gc),
 //! [`make`] (a clone, restored or booted), [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`admin`] (Qubes' Admin API), [`cli`] (what the binaries share), [`error`].
 
@@ -18,9 +17,9 @@ pub mod make;
 pub mod names;
 pub mod output;
 pub mod qube;
+pub mod run;
 pub mod savefiles;
 pub mod session;
-pub mod start;
 pub mod state;
 pub mod templates;
 pub mod volume;

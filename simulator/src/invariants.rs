@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use control_plane::clones::{CloneRecord, Keeping};
+use control_plane::clones::{CloneRecord, Keeping, Power};
 use control_plane::error::{Error, Result};
 use control_plane::names::QUARANTINE;
 use control_plane::qube::{Class, Qube, SavefilePin};
@@ -137,6 +137,7 @@ pub fn no_file_is_left(world: &World, before: &Before) -> Found {
                     roots.push(pin.root_hash);
                 }
             }
+            Class::DispVM(_) => expect(&["settings.toml".to_owned()]),
         }
     }
     let mut found = Vec::new();
@@ -165,6 +166,7 @@ pub fn what_is_used_stays(world: &World, before: &Before) -> Found {
                 needed.push(world.state.root_generation(&qube.name, template.generation).join("root.img"));
             }
             Class::AppVM(dvm) => needed.push(world.state.private_image(&qube.name, dvm.private_generation)),
+            Class::DispVM(_) => {}
         }
     }
     let mut found = Vec::new();
@@ -285,6 +287,8 @@ fn clone_records(world: &World) -> Result<Vec<CloneRecord>> {
             keeping: Keeping::Launcher,
             started: 0,
             label: None,
+            qube: None,
+            power: Power::Running,
         };
         records.push(record.unwrap_or_else(none));
     }

@@ -1,105 +1,21 @@
-//! Qubes made, removed and killed.
+//! Qubes removed, started and ended.
 
-use std::fs::File;
-use std::io::Read;
 use std::time::{Duration, Instant};
 
-use admin_api::lines::pairs;
 use admin_api::Kind;
 
-use super::answer::{enforce, exception, silent, Answer};
+use super::answer::{exception, silent, Answer, Refusal};
 use super::properties;
-use super::settings::{self, Owner, Settings};
-use super::world::{uuid_text, Context, Vm, VmKind, World};
+use super::settings;
+use super::world::{Context, Vm, VmKind, World};
 use crate::clones::{self, CloneRecord};
 use crate::daemon::client;
 use crate::error::Error;
-use crate::qube::{check_name, Dvm, LABELS};
 use crate::templates;
 
-/// Volumes of a new AppVM in MiB, as `dispvm-qube add-dvm` makes them.
-const PRIVATE_MIB: u64 = 2048;
-const VOLATILE_MIB: u64 = 1024;
 /// Ending a clone is some milliseconds' work, unless its keeper is at a spill, whose steps have 20 s each.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
 const KILL_POLL: Duration = Duration::from_millis(5);
-
-/// Makes an AppVM (`admin.vm.Create.AppVM+TEMPLATE`, payload `name=NAME label=LABEL`).
-pub(super) fn create_app(context: &Context, source: &str, template: &str, payload: &[u8]) -> Answer<()> {
-    let (name, label) = name_and_label(payload)?;
-    check_name(&name).map_err(|_| exception(Kind::Value, format!("Illegal qube name: {name:?}")))?;
-    if !LABELS.contains(&label.as_str()) {
-        return Err(exception(Kind::LabelNotFound, format!("Invalid label: {label:?}")));
-    }
-    let _lock = settings::lock(&context.state)?;
-    let world = World::new(context);
-    let template = match template {
-        "" => world.system_value("default_template")?,
-        template => template.to_owned(),
-    };
-    if template.is_empty() {
-        return Err(exception(
-            Kind::NoTemplate,
-            "Template for this domain not found: there is no default_template",
-        ));
-    }
-    // A template that is not there is not this caller's to ask about.
-    let based_on = world.find(&template)?.ok_or_else(|| silent("a template that is not there"))?;
-    if !matches!(based_on.kind, VmKind::Template(_)) {
-        return Err(exception(Kind::Value, format!("{template} is no TemplateVM")));
-    }
-    // A disposable's name, free now, may be drawn at any time.
-    let is_drawn = name.strip_prefix("disp").is_some_and(|rest| rest.parse::<u16>().is_ok());
-    if is_drawn || name == admin_api::ADMIN_VM || world.find(&name)?.is_some() {
-        return Err(exception(Kind::VmAlreadyExists, format!("VM {name} already exists")));
-    }
-    let number =
-        |property: &str| world.value(&based_on, property).map(|text| text.parse().unwrap_or_default());
-    let dvm = Dvm {
-        template,
-        template_for_dispvms: false,
-        memory_mib: number("memory")?,
-        vcpus: number("vcpus")? as u32,
-        net: "none".to_owned(),
-        private_mib: PRIVATE_MIB,
-        private_generation: 1,
-        private_id: String::new(),
-        volatile_mib: VOLATILE_MIB,
-        spares: None,
-        savefile: None,
-    };
-    templates::add_dvm(&context.state, &name, &label, dvm)?;
-    let mut settings = Settings { uuid: Some(draw_uuid()?), ..Settings::default() };
-    settings.tags.insert(format!("created-by-{source}"));
-    let saved = settings.save(&context.state, &Owner::Qube(name.clone()));
-    saved.inspect_err(|_| drop(templates::remove(&context.state, &name)))?;
-    client::changed(&context.state);
-    Ok(())
-}
-
-fn name_and_label(payload: &[u8]) -> Answer<(String, String)> {
-    let text = std::str::from_utf8(payload).ok().filter(|text| text.is_ascii());
-    let text = text.ok_or_else(|| silent("parameters that are no ASCII text"))?;
-    let all: Vec<(&str, &str)> = pairs(text, ' ').collect();
-    enforce(all.len() == text.split(' ').count(), "parameters without values")?;
-    enforce(all.iter().all(|(key, _)| matches!(*key, "name" | "label")), "unknown parameters")?;
-    let one = |wanted: &str| {
-        let mut found = all.iter().filter(|(key, _)| *key == wanted).map(|(_, value)| value.to_string());
-        match (found.next(), found.next()) {
-            (Some(value), None) => Ok(value),
-            _ => Err(silent(format!("not one {wanted}"))),
-        }
-    };
-    Ok((one("name")?, one("label")?))
-}
-
-fn draw_uuid() -> Answer<String> {
-    let mut bytes = [0; 16];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .map_err(Error::failed("draw a UUID"))?;
-    Ok(uuid_text(&bytes))
-}
 
 /// Removes a qube that is halted and that nothing names.
 pub(super) fn remove(context: &Context, name: &str) -> Answer<()> {
@@ -139,14 +55,17 @@ fn users(world: &World<'_>, vm: &Vm) -> Answer<Vec<String>> {
 pub(super) fn kill(context: &Context, name: &str) -> Answer<()> {
     let world = World::new(context);
     let vm = world.vm(name)?;
-    let clone = match &vm.kind {
-        VmKind::Disp(clone) => Some(clone),
-        VmKind::Admin => return Err(silent("dom0 is not killed")),
-        VmKind::App(_) | VmKind::Template(_) => world.running_itself(&vm.name)?,
-    };
-    let clone =
-        clone.ok_or_else(|| exception(Kind::VmNotStarted, format!("Domain is powered off: {name:?}")))?;
-    end(context, clone)
+    if matches!(vm.kind, VmKind::Admin) {
+        return Err(silent("dom0 is not killed"));
+    }
+    let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
+    end(context, clone)?;
+    // Of one that was killed in its first moments, the record that was to go with it is left.
+    Ok(clones::sweep(&context.state)?)
+}
+
+fn not_started(name: &str) -> Refusal {
+    exception(Kind::VmNotStarted, format!("Domain is powered off: {name:?}"))
 }
 
 /// Whoever keeps a clone ends it on SIGTERM: its launcher as well as a keeper of dispvmd's.

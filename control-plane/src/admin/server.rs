@@ -211,10 +211,7 @@ impl Server {
         match api::call(&self.context, &request) {
             Ok(data) => {
                 // Whoever has made or removed a qube hears of it before the next look.
-                if matches!(
-                    request.method.as_str(),
-                    "admin.vm.Create.AppVM" | "admin.vm.Remove" | "admin.vm.Kill"
-                ) {
+                if api::makes_or_ends(&request.method) {
                     self.look();
                 }
                 stream.write_all(&Reply::Ok(data).encode())
