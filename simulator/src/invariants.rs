@@ -111,6 +111,7 @@ pub fn no_file_is_left(world: &World, before: &Before) -> Found {
     if let Some(pid) = before.bystander {
         for record in clone_records(world)?.into_iter().filter(|record| record.pid == pid) {
             expected.push(Path::new("clones").join(&record.name));
+            expected.push(Path::new("calls").join(format!("{}.sock", record.name)));
             roots.push(record.root_hash);
             generations.push(record.template.1);
         }

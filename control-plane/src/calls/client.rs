@@ -27,6 +27,15 @@ pub fn call(state: &State, name: &str, exec: Exec, fds: [BorrowedFd<'_>; 3]) -> 
     }
 }
 
+/// Starts `exec` in the guest `name`, with nothing to read and nobody to hear it; it goes on whoever ends.
+pub fn start(state: &State, name: &str, exec: Exec) -> Result<()> {
+    let holder = send(state, name, &Message::Start(Box::new(exec)), &[])?;
+    match answer(name, &holder)? {
+        Answer::Done => Ok(()),
+        other => Err(refusal(&format!("start a command in {name}"), other)),
+    }
+}
+
 /// Has something done to the guest itself. `Shutdown` is done when the guest has been asked.
 pub fn control(state: &State, name: &str, control: Control) -> Result<()> {
     match ask(state, name, control)? {
@@ -44,7 +53,11 @@ pub fn status(state: &State, name: &str) -> Result<Status> {
 }
 
 fn ask(state: &State, name: &str, control: Control) -> Result<Answer> {
-    let holder = send(state, name, &Message::Control(control), &[])?;
+    answer(name, &send(state, name, &Message::Control(control), &[])?)
+}
+
+/// What is answered at once.
+fn answer(name: &str, holder: &Channel) -> Result<Answer> {
     let answered = holder.receive_within(CONTROL_LIMIT);
     let (answer, _) =
         answered.map_err(Error::failed(&format!("hear from {name}")))?.ok_or_else(|| gone(name))?;

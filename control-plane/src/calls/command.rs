@@ -56,15 +56,26 @@ impl Command {
         whose: Whose,
         [stdin, stdout, stderr]: [BorrowedFd<'_>; 3],
     ) -> std::io::Result<Command> {
+        let ports = (Port::input(stdin)?, Port::output(stdout)?, Port::output(stderr)?);
         Ok(Command {
+            stdin: Input::new(Some(ports.0)),
+            stdout: Output::new(Some(ports.1)),
+            stderr: Output::new(Some(ports.2)),
+            ..Command::nobodys(stream, whose)
+        })
+    }
+
+    /// One with nothing to read, whose output nobody hears.
+    pub(super) fn nobodys(stream: u32, whose: Whose) -> Command {
+        Command {
             stream,
             whose,
-            stdin: Input::new(Port::input(stdin)?),
-            stdout: Output::new(Port::output(stdout)?),
-            stderr: Output::new(Port::output(stderr)?),
+            stdin: Input::new(None),
+            stdout: Output::new(None),
+            stderr: Output::new(None),
             exit: None,
             has_spoken: false,
-        })
+        }
     }
 
     pub(super) fn is_main(&self) -> bool {

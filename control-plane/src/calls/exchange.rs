@@ -361,51 +361,58 @@ impl Hub {
                 return Ok(());
             }
         };
-        let answer = match Message::parse(&bytes) {
+        let answered = match Message::parse(&bytes) {
             Ok(Message::Control(control)) => self.control(control, link, domain)?,
-            Ok(Message::Call(exec)) => match self.begin(channel, *exec, fds, link)? {
-                Some((channel, reason)) => {
-                    let _ = channel.send(&Answer::Refused { reason }, &[]);
-                    return Ok(());
+            Ok(Message::Start(exec)) => match self.room() {
+                Ok(stream) => {
+                    link.queue(&HostFrame::Exec { stream, exec })?;
+                    link.queue(&HostFrame::StdinEof { stream })?;
+                    self.commands.insert(stream, Command::nobodys(stream, Whose::Nobody { kill_at: None }));
+                    Answer::Done
                 }
-                None => return Ok(()),
+                Err(reason) => Answer::Refused { reason },
+            },
+            Ok(Message::Call(exec)) => match self.room().and_then(|stream| Ok((stream, three(fds)?))) {
+                Ok((stream, fds)) => return self.begin(channel, stream, exec, &fds, link),
+                Err(reason) => Answer::Refused { reason },
             },
             Err(error) => Answer::Refused { reason: error.to_string() },
         };
-        let _ = channel.send(&answer, &[]);
+        // One that has gone has no ears.
+        let _ = channel.send(&answered, &[]);
         Ok(())
     }
 
-    /// Starts a caller's command. What stands against it comes back with the caller.
+    /// The stream of one more command, or why there is none.
+    fn room(&mut self) -> std::result::Result<u32, String> {
+        let others = self.commands.values().filter(|command| !command.is_main()).count();
+        if self.shutting_down {
+            return Err("it is shutting down".to_owned());
+        }
+        if others >= CALLS_MAX || self.last_stream >= STREAM_MAX {
+            return Err(format!("{others} commands of callers run in it already"));
+        }
+        self.last_stream += 1;
+        Ok(self.last_stream)
+    }
+
+    /// Starts a caller's command.
     fn begin(
         &mut self,
         caller: Channel,
-        exec: Exec,
-        fds: Vec<OwnedFd>,
+        stream: u32,
+        exec: Box<Exec>,
+        fds: &[OwnedFd; CALL_FDS],
         link: &mut AgentLink,
-    ) -> std::result::Result<Option<(Channel, String)>, SessionError> {
-        let refuse = |caller: Channel, reason: String| Ok(Some((caller, reason)));
-        let Ok(fds) = <[OwnedFd; CALL_FDS]>::try_from(fds) else {
-            return refuse(caller, "a call comes with stdin, stdout and stderr".to_owned());
-        };
-        if self.shutting_down {
-            return refuse(caller, "it is shutting down".to_owned());
-        }
-        let others = self.commands.values().filter(|command| !command.is_main()).count();
-        if others >= CALLS_MAX || self.last_stream >= STREAM_MAX {
-            return refuse(caller, format!("{others} commands of callers run in it already"));
-        }
-        self.last_stream += 1;
-        let stream = self.last_stream;
-        let [stdin, stdout, stderr] = &fds;
-        match Command::new(stream, Whose::Caller(caller), [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]) {
+    ) -> std::result::Result<(), SessionError> {
+        match Command::new(stream, Whose::Caller(caller), fds.each_ref().map(AsFd::as_fd)) {
             Ok(command) => {
-                link.queue(&HostFrame::Exec { stream, exec: Box::new(exec) })?;
+                link.queue(&HostFrame::Exec { stream, exec })?;
                 self.commands.insert(stream, command);
             }
             Err(error) => tracing::warn!("cannot use a caller's streams: {error}"),
         }
-        Ok(None)
+        Ok(())
     }
 
     fn abandon(&mut self, stream: u32, link: &mut AgentLink) -> std::result::Result<(), SessionError> {
@@ -447,6 +454,10 @@ impl Hub {
             calls_out: 0,
         }
     }
+}
+
+fn three(fds: Vec<OwnedFd>) -> std::result::Result<[OwnedFd; CALL_FDS], String> {
+    fds.try_into().map_err(|_| "a call comes with stdin, stdout and stderr".to_owned())
 }
 
 /// Waits for the domain to say how it ended: `Some` when the guest has switched itself off, or a signal came.

@@ -28,8 +28,9 @@ pub(super) enum Heard<'a> {
 }
 
 impl Input {
-    pub(super) fn new(port: Port) -> Input {
-        Input { port: Some(port), window: SendWindow::default() }
+    /// Without a descriptor, it has ended.
+    pub(super) fn new(port: Option<Port>) -> Input {
+        Input { port, window: SendWindow::default() }
     }
 
     /// What to wait for, if there is anything to wait for: at its end a descriptor would be ready for ever.
@@ -86,8 +87,9 @@ pub(super) enum Wrote {
 }
 
 impl Output {
-    pub(super) fn new(port: Port) -> Output {
-        Output { port: Some(port), window: ReceiveWindow::default(), pending: VecDeque::new(), ended: false }
+    /// Without a descriptor, what comes is thrown away.
+    pub(super) fn new(port: Option<Port>) -> Output {
+        Output { port, window: ReceiveWindow::default(), pending: VecDeque::new(), ended: false }
     }
 
     /// Takes bytes from the guest. Answers the credit that is due at once, which is where nobody reads them.

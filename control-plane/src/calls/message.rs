@@ -1,7 +1,8 @@
 //! The words at a call socket: one message each way.
 //!
-//! A caller's message is one byte, [`CALL`] or [`CONTROL`], and then an `Exec` frame of [`qrexec`] as the agent gets it, which has room for any
-//! bytes and no other form for the same; or one byte that says which [`Control`]. A call has three descriptors with it: stdin, stdout, stderr.
+//! A caller's message is one byte, then for [`CALL`] and [`START`] an `Exec` frame of [`qrexec`] as the agent gets it, which has room for any bytes
+//! and no other form for the same; for [`CONTROL`] one byte that says which [`Control`]. A call has three descriptors with it: stdin,
+//! stdout, stderr.
 //! The answer is one [`Answer`] in JSON.
 
 use qrexec::{Decoder, Exec, Exit, HostFrame, ProtocolError, HEADER_BYTES, PAYLOAD_BYTES_MAX};
@@ -13,6 +14,7 @@ pub const MESSAGE_BYTES_MAX: usize = 1 + HEADER_BYTES + PAYLOAD_BYTES_MAX;
 pub const CALL_FDS: usize = 3;
 
 const CALL: u8 = b'x';
+const START: u8 = b'e';
 const CONTROL: u8 = b'c';
 /// The frame has to have a stream; which one it gets, the holder says.
 const ANY_STREAM: u32 = 1;
@@ -22,6 +24,8 @@ const ANY_STREAM: u32 = 1;
 pub enum Message {
     /// Run this.
     Call(Box<Exec>),
+    /// Run this, with nothing to read and nobody to hear it, and do not wait for its end: the caller may go.
+    Start(Box<Exec>),
     /// Something about the guest itself.
     Control(Control),
 }
@@ -56,8 +60,8 @@ impl Message {
     /// As bytes.
     pub fn encode(&self) -> Result<Vec<u8>, MessageError> {
         match self {
-            Message::Call(exec) => {
-                let mut out = vec![CALL];
+            Message::Call(exec) | Message::Start(exec) => {
+                let mut out = vec![if matches!(self, Message::Call(_)) { CALL } else { START }];
                 HostFrame::Exec { stream: ANY_STREAM, exec: exec.clone() }.encode(&mut out)?;
                 Ok(out)
             }
@@ -71,11 +75,14 @@ impl Message {
     /// From bytes.
     pub fn parse(bytes: &[u8]) -> Result<Message, MessageError> {
         match bytes {
-            [CALL, frame @ ..] => {
+            [kind @ (CALL | START), frame @ ..] => {
                 let mut rest = frame;
                 let raw = Decoder::new().next(&mut rest)?.ok_or(MessageError::Form)?;
                 match HostFrame::parse(raw)? {
-                    HostFrame::Exec { exec, .. } if rest.is_empty() => Ok(Message::Call(exec)),
+                    HostFrame::Exec { exec, .. } if rest.is_empty() && *kind == CALL => {
+                        Ok(Message::Call(exec))
+                    }
+                    HostFrame::Exec { exec, .. } if rest.is_empty() => Ok(Message::Start(exec)),
                     _ => Err(MessageError::Form),
                 }
             }
@@ -161,8 +168,9 @@ mod tests {
         ) {
             let mut exec = Exec::user(argv);
             exec.env.push((b"KEY".to_vec(), value));
-            let message = Message::Call(Box::new(exec));
-            prop_assert_eq!(Message::parse(&message.encode().unwrap()), Ok(message));
+            for message in [Message::Call(Box::new(exec.clone())), Message::Start(Box::new(exec))] {
+                prop_assert_eq!(Message::parse(&message.encode().unwrap()), Ok(message));
+            }
         }
 
         #[test]

@@ -5,6 +5,7 @@
 //!   streams of every call itself, in one loop;
 //! - a **caller** ([`client`]) says there in one message what is to run (`message`), and gives its stdin, stdout and stderr along.
 //!   From then on it has only to wait for the answer, how the command ended. If it hangs up, the command is ended;
+//! - what runs when a [`service`] is called, or a command line of qrexec's, is the same whoever calls;
 //! - of each command the holder has a [`command`](Command), whose streams ([`flow`]) go through descriptors ([`port`]) that never block it.
 //!
 //! Invariants:
@@ -27,6 +28,8 @@ pub mod exchange;
 mod flow;
 pub mod message;
 mod port;
+pub mod programs;
+pub mod service;
 mod watch;
 
 pub use exchange::Exchange;

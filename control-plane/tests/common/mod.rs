@@ -1,9 +1,13 @@
 //! A guest of the tests: an agent that is played by hand, and a domain that is a socket, held by an [`Exchange`] on a thread.
 
+// Each file of tests uses a part of it.
+#![allow(dead_code)]
+
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -18,6 +22,12 @@ use qrexec::{Decoder, GuestFrame, HostFrame};
 /// The longest that anything here may take.
 pub const LIMIT: Duration = Duration::from_secs(20);
 pub const NAME: &str = "disp7";
+
+/// A program of this package, which cargo builds beside its tests.
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    own.ancestors().nth(2).unwrap().join(name)
+}
 
 /// The agent, as the test plays it.
 pub struct Agent {
