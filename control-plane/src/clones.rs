@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 use crate::names;
+use crate::qube;
 use crate::state::{self, State};
 use crate::templates;
 
@@ -179,6 +180,9 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // A holder that was killed has left its socket.
+        let name = self.record.qube.as_ref().unwrap_or(&self.record.name);
+        let _ = fs::remove_file(self.state.call_socket(name));
         let _ = fs::remove_file(&self.path);
         let _ = match self.rests {
             true => names::give_back(&self.state, self.number),
@@ -221,6 +225,11 @@ pub fn sweep(state: &State) -> Result<()> {
         if let Ok(Some(lock)) = lock_existing(&path, FlockArg::LockExclusiveNonblock) {
             let record =
                 fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<CloneRecord>(&bytes).ok());
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            let socket = record.as_ref().and_then(|record| record.qube.clone()).or(name).unwrap_or_default();
+            if qube::check_name(&socket).is_ok() {
+                let _ = fs::remove_file(state.call_socket(&socket));
+            }
             let _ = fs::remove_file(&path);
             // Its seven days begin now, as far as anybody can tell.
             if let Some(number) = number {
@@ -283,8 +292,10 @@ mod tests {
         assert_eq!((&listed.name, listed.label.as_deref()), (&lease.number().to_string(), Some("blue")));
         // What a killed keeper leaves: a record without a lock.
         fs::copy(&lease.path, state.clones().join("disp5")).unwrap();
+        fs::write(state.call_socket("disp5"), "").unwrap();
         assert_eq!(list(&state).unwrap().len(), 1);
         sweep(&state).unwrap();
+        assert!(!state.call_socket("disp5").exists());
         assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 1);
         drop(lease);
         assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 0);
