@@ -23,6 +23,7 @@ use crate::inputs::Guest;
 use crate::machine::{self, Machine};
 use crate::make::{launch_error, Connect, Maker, Rebuild};
 use crate::output::error_text;
+use crate::run::noted::Noted;
 use crate::session::{Attended, Caller, Ending, Signals};
 use crate::state::{self, State};
 
@@ -240,8 +241,12 @@ fn converse(
     let mut exchange = Exchange::or_alone(state, &launched.number.to_string(), link);
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
+    let mut noted;
     let attended: &mut dyn Attended = match &mut launched.held {
-        Held::Here { domain, .. } => domain,
+        Held::Here { domain, lease } => {
+            noted = Noted::new(domain, lease);
+            &mut noted
+        }
         Held::Kept { lifeline } => lifeline,
     };
     match exchange.run(attended, Some(caller), &mut signals, timeline).map_err(Error::failed(step))? {

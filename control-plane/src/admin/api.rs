@@ -69,7 +69,7 @@ impl Wants {
 
 /// Each method with what it wants: dom0 as its destination, an argument, a payload.
 #[rustfmt::skip]
-const METHODS: [(&str, Wants, Wants, Wants); 53] = [
+const METHODS: [(&str, Wants, Wants, Wants); 57] = [
     ("admin.Events", Either, No, No),
     ("admin.label.Get", It, It, No),
     ("admin.label.Index", It, It, No),
@@ -90,7 +90,11 @@ const METHODS: [(&str, Wants, Wants, Wants); 53] = [
     ("admin.vm.CurrentState", Either, No, No),
     ("admin.vm.Kill", No, No, No),
     ("admin.vm.List", Either, No, No),
+    ("admin.vm.Pause", No, No, No),
     ("admin.vm.Remove", No, No, No),
+    ("admin.vm.Shutdown", No, Either, No),
+    ("admin.vm.Start", No, No, No),
+    ("admin.vm.Unpause", No, No, No),
     ("admin.vm.feature.CheckWithAdminVM", Either, It, No),
     ("admin.vm.feature.CheckWithNetvm", Either, It, No),
     ("admin.vm.feature.CheckWithTemplate", Either, It, No),
@@ -127,7 +131,7 @@ const METHODS: [(&str, Wants, Wants, Wants); 53] = [
 
 /// Whether qubes have come, gone, started or ended after this call.
 pub(super) fn makes_or_ends(method: &str) -> bool {
-    let lives = ["CreateDisposable", "Remove", "Kill"];
+    let lives = ["CreateDisposable", "Kill", "Pause", "Remove", "Shutdown", "Start", "Unpause"];
     method.strip_prefix("admin.vm.").is_some_and(|what| what.starts_with("Create.") || lives.contains(&what))
 }
 
@@ -184,6 +188,10 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
         "CurrentState" => current_state(world, &vm),
         "Remove" => done(lives::remove(context, &vm.name)),
         "Kill" => done(lives::kill(context, &vm.name)),
+        "Pause" => done(lives::pause(context, &vm.name)),
+        "Shutdown" => done(lives::shutdown(context, &vm.name, argument)),
+        "Start" => done(lives::start(context, &vm.name)),
+        "Unpause" => done(lives::unpause(context, &vm.name)),
         _ => Err(silent("no such method")),
     }
 }

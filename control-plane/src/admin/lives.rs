@@ -1,21 +1,29 @@
-//! Qubes removed, started and ended.
+//! Qubes removed, started, paused and ended.
+//!
+//! Checks, their order, exceptions and events as in QubesOS/qubes-core-admin `qubes/vm/qubesvm.py` (start, shutdown, kill, pause, unpause)
+//! and `qubes/vm/mix/net.py` (on_domain_pre_shutdown), R4.2. No lock is held while a qube starts or ends.
 
 use std::time::{Duration, Instant};
 
-use admin_api::Kind;
+use admin_api::{Event, Kind};
 
-use super::answer::{exception, silent, Answer, Refusal};
+use super::answer::{enforce, exception, silent, Answer, Refusal};
 use super::properties;
 use super::settings;
 use super::world::{Context, Vm, VmKind, World};
+use crate::calls;
+use crate::calls::message::Control;
 use crate::clones::{self, CloneRecord};
 use crate::daemon::client;
 use crate::error::Error;
+use crate::output::error_text;
 use crate::templates;
 
 /// Ending a clone is some milliseconds' work, unless its keeper is at a spill, whose steps have 20 s each.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
-const KILL_POLL: Duration = Duration::from_millis(5);
+const END_POLL: Duration = Duration::from_millis(5);
+/// Where its property cannot be read as one.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Removes a qube that is halted and that nothing names.
 pub(super) fn remove(context: &Context, name: &str) -> Answer<()> {
@@ -64,28 +72,140 @@ pub(super) fn kill(context: &Context, name: &str) -> Answer<()> {
     Ok(clones::sweep(&context.state)?)
 }
 
+/// Starts a qube and waits until its agent is up.
+pub(super) fn start(context: &Context, name: &str) -> Answer<()> {
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    let not_halted = || exception(Kind::VmNotHalted, format!("Domain is not powered off: {:?}", vm.name));
+    if world.power_state(&vm)? != "Halted" {
+        return Err(not_halted());
+    }
+    let tell = |event: Event| context.events.fire(&event);
+    tell(Event::new(&vm.name, "domain-pre-start").detail("start_guid", "True"));
+    match client::start(&context.state, &vm.name) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(not_halted()),
+        Err(error) => {
+            let reason = error_text(&error);
+            tell(Event::new(&vm.name, "domain-start-failed").detail("reason", &reason));
+            Err(exception(Kind::QubesException, reason))
+        }
+    }
+}
+
+/// Asks a qube to shut down (`force`: also if others have their network from it; `wait`: until it has).
+pub(super) fn shutdown(context: &Context, name: &str, flags: &str) -> Answer<()> {
+    let flags: Vec<&str> = flags.split('+').filter(|flag| !flag.is_empty()).collect();
+    enforce(flags.iter().all(|flag| matches!(*flag, "force" | "wait")), "unknown flags")?;
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
+    refuse_spare(&world, &vm)?;
+    if !flags.contains(&"force") {
+        check_no_clients(&world, &vm)?;
+    }
+    let limit = world.value(&vm, "shutdown_timeout")?.parse().map_or(SHUTDOWN_LIMIT, Duration::from_secs);
+    context.events.fire(&Event::new(&vm.name, "domain-pre-shutdown"));
+    let asked = calls::client::control(&context.state, &vm.name, Control::Shutdown).map_err(Refusal::from);
+    let done = asked.and_then(|()| match flags.contains(&"wait") {
+        true if !await_end(context, clone, limit)? => {
+            Err(exception(Kind::VmShutdownTimeout, format!("Domain shutdown timed out: {:?}", vm.name)))
+        }
+        _ => Ok(()),
+    });
+    done.inspect_err(|refusal| {
+        let reason = refusal.to_string();
+        context.events.fire(&Event::new(&vm.name, "domain-shutdown-failed").detail("reason", reason));
+    })
+}
+
+fn check_no_clients(world: &World<'_>, vm: &Vm) -> Answer<()> {
+    let mut clients = Vec::new();
+    for other in world.all()? {
+        if world.power_state(&other)? != "Halted" && world.value(&other, "netvm")? == vm.name {
+            clients.push(other.name.clone());
+        }
+    }
+    match clients.is_empty() {
+        true => Ok(()),
+        false => Err(exception(
+            Kind::VmInUse,
+            format!("There are other VMs connected to this VM: {}", clients.join(", ")),
+        )),
+    }
+}
+
+/// Stops a qube's CPUs.
+pub(super) fn pause(context: &Context, name: &str) -> Answer<()> {
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    if world.power_state(&vm)? != "Running" {
+        let why = format!("Domain not running (either powered off or paused): {:?}", vm.name);
+        return Err(exception(Kind::VmNotRunning, why));
+    }
+    Ok(calls::client::control(&context.state, &vm.name, Control::Pause)?)
+}
+
+/// Lets them run again.
+pub(super) fn unpause(context: &Context, name: &str) -> Answer<()> {
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    if world.power_state(&vm)? != "Paused" {
+        return Err(exception(Kind::VmNotPaused, format!("Domain is not paused: {:?}", vm.name)));
+    }
+    refuse_spare(&world, &vm)?;
+    Ok(calls::client::control(&context.state, &vm.name, Control::Unpause)?)
+}
+
+fn refuse_spare(world: &World<'_>, vm: &Vm) -> Answer<()> {
+    match world.is_spare(vm) {
+        true => Err(exception(
+            Kind::QubesException,
+            format!("{} is kept ready for whoever asks for a disposable next", vm.name),
+        )),
+        false => Ok(()),
+    }
+}
+
 fn not_started(name: &str) -> Refusal {
     exception(Kind::VmNotStarted, format!("Domain is powered off: {name:?}"))
 }
 
 /// Whoever keeps a clone ends it on SIGTERM: its launcher as well as a keeper of dispvmd's.
 fn end(context: &Context, clone: &CloneRecord) -> Answer<()> {
-    let lives = || clones::list(&context.state).map(|clones| clones.contains(clone));
     let pid = rustix::process::Pid::from_raw(clone.pid as i32);
     let process =
         pid.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
     // The record's lock is still held, so the process we have got hold of is the one that holds it.
-    if let Some(process) = process.filter(|_| lives().unwrap_or(false)) {
+    if let Some(process) = process.filter(|_| is_alive(context, clone).unwrap_or(false)) {
         rustix::process::pidfd_send_signal(process, rustix::process::Signal::TERM)
             .map_err(|error| Error::failed("end the clone's keeper")(std::io::Error::from(error)))?;
     }
-    let deadline = Instant::now() + KILL_LIMIT;
-    while lives()? {
-        if Instant::now() >= deadline {
+    match await_end(context, clone, KILL_LIMIT)? {
+        true => Ok(()),
+        false => {
             let why = format!("{} has not ended within {} s", clone.name, KILL_LIMIT.as_secs());
-            return Err(exception(Kind::Vm, why));
+            Err(exception(Kind::Vm, why))
         }
-        std::thread::sleep(KILL_POLL);
     }
-    Ok(())
+}
+
+/// Waits until a clone has gone; whether it has.
+fn await_end(context: &Context, clone: &CloneRecord, limit: Duration) -> Answer<bool> {
+    let deadline = Instant::now() + limit;
+    while is_alive(context, clone)? {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(END_POLL);
+    }
+    Ok(true)
+}
+
+/// Whether this clone, and no later one of its name, lives.
+fn is_alive(context: &Context, clone: &CloneRecord) -> Answer<bool> {
+    let is_it = |other: &CloneRecord| {
+        (&other.name, other.started, other.pid) == (&clone.name, clone.started, clone.pid)
+    };
+    Ok(clones::list(&context.state)?.iter().any(is_it))
 }

@@ -4,24 +4,24 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use engine::host::{AgentPipe, Confinement, GuestSpec, Host};
-use engine::identity::Identity;
-use engine::launch::{self, Clone};
+use engine::host::AgentPipe;
+use engine::launch::Clone;
 use engine::timeline::Timeline;
 use nix::sys::signal::Signal;
 use qrexec::{Exec, Exit, HostFrame};
 
 use super::off::await_off;
-use super::subject::{Overrides, Subject};
-use super::{boot_error, hostname, tell_stale};
+use super::prepare::Prepared;
+use super::subject::Overrides;
+use super::{hostname, tell_stale};
 use crate::agent_link::AgentLink;
-use crate::clones::{Claim, Keeping, Lease, Power};
+use crate::clones::{Keeping, Power};
 use crate::error::{Error, Result};
 use crate::machine::{self, Machine};
 use crate::qube::{self, Qube};
 use crate::savefiles;
 use crate::session::{self, Caller, Ending, SessionError, Signals};
-use crate::state::{self, State};
+use crate::state::State;
 
 /// How long a guest may take to shut down: twice what systemd gives a service that does not want to end.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(180);
@@ -54,32 +54,14 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     Qube::load(state, &name)?;
     let running = qube::hold_running(state, &name)?;
     machine::sweep(state, machine)?;
-    let in_use = state::lock_shared(&state.use_lock())?;
-    let mut subject = Subject::load(state, &name, &request.instead)?;
-    let mut lease = Lease::claim(
-        state,
-        Claim {
-            dvm: &name,
-            root_hash: "",
-            template: subject.template.clone(),
-            keeping: Keeping::Launcher,
-            label: None,
-            qube: Some(&name),
-        },
-    )?;
-    drop(in_use);
-    let host = machine.host(state, &subject.spec.kernel)?;
-    let written = subject.copy_kept_volume(state, &name)?;
-    let confinement = machine::confinement(state, machine, lease.number());
-    machine::check_memory(state, machine, &subject.spec, &confinement)?;
-    let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
+    let mut prepared = Prepared::new(state, machine, &name, &request.instead, Keeping::Launcher)?;
 
     let stays = format!(
         "{name} stays at {} generation {}, nothing of this run is kept",
-        subject.kept, subject.generation
+        prepared.subject.kept, prepared.subject.generation
     );
     let connect = |pipe| AgentLink::with_command(pipe, request.exec).named(hostname(&name));
-    let status = match live(&*host, &subject.spec, &confinement, &identity, connect, &mut lease) {
+    let status = match live(&mut prepared, connect) {
         Ok(Finish::Off(exit)) => exit.map_or(0, Exit::status),
         Ok(Finish::Cut(what, status)) => {
             say(&format!("{what}; {stays}"));
@@ -87,6 +69,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
         }
         Err(error) => return Err(error.hint(stays)),
     };
+    let Prepared { subject, lease, written, .. } = prepared;
     let next = subject.keep(state, &name, &written)?;
     drop((written, lease, running));
     match next {
@@ -104,18 +87,10 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
 }
 
 /// Boots the guest, runs the command in it, and has it shut down.
-fn live(
-    host: &dyn Host,
-    spec: &GuestSpec,
-    confinement: &Confinement,
-    identity: &Identity,
-    connect: impl FnOnce(Box<dyn AgentPipe>) -> AgentLink,
-    lease: &mut Lease,
-) -> Result<Finish> {
+fn live(prepared: &mut Prepared, connect: impl FnOnce(Box<dyn AgentPipe>) -> AgentLink) -> Result<Finish> {
     let mut timeline = Timeline::since(Instant::now());
-    let booted = launch::cold(host, spec, confinement, identity, connect, &mut timeline);
-    let Clone { mut domain, mut agent } = booted.map_err(boot_error)?;
-    lease.tell(Power::Running)?;
+    let Clone { mut domain, mut agent } = prepared.boot(connect, &mut timeline)?;
+    prepared.lease.tell(Power::Running)?;
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };

@@ -1,6 +1,7 @@
 //! Qubes that run themselves: a TemplateVM or AppVM, whose one volume is kept, and a disposable with a record, of which nothing is.
 //!
-//! `subject` (what is run and what is kept), [`command`] (a run for one command: `dispvm-qube start`), `off` (the guest's end).
+//! `subject` (what is run and what is kept), `prepare` (all that a boot needs), [`command`] (a run for one command: `dispvm-qube start`),
+//! [`runner`] (a run until it is ended: `qvm-start`), `off` (the guest's end), [`noted`] (its pauses, in its record).
 //!
 //! Invariants:
 //! - The guest writes to a copy that has no name, so nothing is left of a run that is killed, however it is.
@@ -17,7 +18,10 @@ use crate::savefiles;
 use crate::state::State;
 
 pub mod command;
+pub mod noted;
 mod off;
+mod prepare;
+pub mod runner;
 mod subject;
 
 pub use subject::Overrides;
