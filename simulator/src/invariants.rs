@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use control_plane::admin::settings::{Owner, Settings};
 use control_plane::clones::{CloneRecord, Keeping, Power};
 use control_plane::error::{Error, Result};
 use control_plane::names::QUARANTINE;
@@ -94,6 +95,11 @@ pub fn every_record_is_whole_and_nothing_is_lost(world: &World, before: &Before)
         }
         (Some(_), None) if !before.removes => found.push("the pinned savefile is forgotten".to_owned()),
         _ => {}
+    }
+    for qube in Qube::all(&world.state)?.iter().filter(|qube| matches!(qube.class, Class::DispVM(_))) {
+        if Settings::load(&world.state, &Owner::Qube(qube.name.clone()))?.notes != "begun" {
+            found.push(format!("{} has a record without its settings", qube.name));
+        }
     }
     let generation = Qube::load(&world.state, TEMPLATE)?.template()?.generation;
     if generation < before.template_generation {

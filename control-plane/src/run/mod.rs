@@ -1,6 +1,6 @@
 //! Qubes that run themselves: a TemplateVM or AppVM, whose one volume is kept, and a disposable with a record, of which nothing is.
 //!
-//! `subject` (what is run and what is kept), `prepare` (all that a boot needs), [`command`] (a run for one command: `dispvm-qube start`),
+//! `subject` (what is run and what is kept), `prepare` (all that a boot needs), `impatient` (signals until it is up), [`command`] (a run for one command: `dispvm-qube start`),
 //! [`runner`] (a run until it is ended: `qvm-start`), `off` (the guest's end), [`noted`] (its pauses, in its record).
 //!
 //! Invariants:
@@ -18,6 +18,7 @@ use crate::savefiles;
 use crate::state::State;
 
 pub mod command;
+mod impatient;
 pub mod noted;
 mod off;
 mod prepare;

@@ -20,6 +20,7 @@ use engine::launch::Clone;
 use engine::timeline::Timeline;
 use nix::fcntl::Flock;
 
+use super::impatient::Impatient;
 use super::noted::Noted;
 use super::prepare::Prepared;
 use super::subject::{Overrides, Subject};
@@ -120,6 +121,7 @@ fn begin(
     name: &str,
     rebuild: bool,
 ) -> std::result::Result<Held, Failure> {
+    let impatient = Impatient::begin().map_err(Error::failed("block signals"))?;
     Qube::load(state, name)?;
     let lock = qube::hold_running(state, name).map_err(|error| match error.kind {
         Kind::Refused => Failure::RunsAlready,
@@ -132,8 +134,7 @@ fn begin(
         Class::DispVM(disposable) => restore(state, machine, &qube, disposable, rebuild)?,
         Class::TemplateVM(_) | Class::AppVM(_) => boot(state, machine, name)?,
     };
-    // Until here a signal has ended us at once, and with us all there was.
-    let signals = Signals::block().map_err(Error::failed("block signals"))?;
+    let signals = impatient.end().map_err(Error::failed("listen to signals"))?;
     let Guest { domain, link, mut lease, kept } = guest;
     let exchange = Exchange::new(state, name, link)?;
     lease.tell(Power::Running)?;
