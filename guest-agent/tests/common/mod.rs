@@ -48,7 +48,7 @@ impl Host {
         let mut host = Self { socket, decoder: Decoder::new(), heard: VecDeque::new(), agent: Some(agent) };
         let hello = host.hear();
         assert!(
-            matches!(&hello, GuestFrame::Hello(hello) if hello.protocol == 1 && hello.session),
+            matches!(&hello, GuestFrame::Hello(hello) if hello.protocol == qrexec::PROTOCOL && hello.session),
             "{hello:?}"
         );
         host
