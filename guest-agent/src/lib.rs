@@ -5,7 +5,7 @@
 //! freeze everything else and go on itself.
 //!
 //! Files in reading order: `main` (the two lives: the session's and the agent's), `session`, `place` and `account` (where commands
-//! run), `cgroup` (the freezer), `port` (the byte stream to the host), `agent` (the loop), `commands`, `command`, `outbox` (what runs), `errand` (prerun and
+//! run), `cgroup` (the freezer), `port` (the byte stream to the host), `agent` (the loop), `commands`, `command`, `flow`, `outbox` (what runs), `errand` (prerun and
 //! rehearsal), `identity`, `power`, `sys` (all unsafe code).
 
 #[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64")))]
@@ -18,6 +18,7 @@ mod command;
 mod commands;
 mod errand;
 pub mod failure;
+mod flow;
 mod identity;
 mod outbox;
 pub mod place;

@@ -26,11 +26,13 @@ impl Call {
         Ok(Self { target: Target::parse(target)?, service: Service::parse(service)? })
     }
 
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// The payload: what a program in the guest sends to its agent, and the agent to the host.
+    pub fn encode(&self) -> Vec<u8> {
         format!("{}\0{}\0", self.target, self.service).into_bytes()
     }
 
-    pub(crate) fn decode(payload: &[u8]) -> Result<Self, ProtocolError> {
+    /// Checks a payload.
+    pub fn decode(payload: &[u8]) -> Result<Self, ProtocolError> {
         let mut texts = payload.split(|byte| *byte == 0);
         let (Some(target), Some(service), Some([]), None) =
             (texts.next(), texts.next(), texts.next(), texts.next())
