@@ -53,6 +53,11 @@ impl Sink {
         sys::slot(self.pipe.as_ref().map(AsFd::as_fd), events)
     }
 
+    /// Whether nothing more will go into the pipe.
+    pub fn is_closed(&self) -> bool {
+        self.pipe.is_none()
+    }
+
     /// Takes the bytes of a `frame`.
     pub fn receive(&mut self, frame: &'static str, bytes: &[u8]) -> Result<News, ProtocolError> {
         self.window.received(bytes.len())?;

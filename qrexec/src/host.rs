@@ -174,6 +174,22 @@ impl HostFrame {
         put(out, kind::PRERUN, 0, &[]);
     }
 
+    /// The call that it is about, if any.
+    pub fn call(&self) -> Option<u32> {
+        match self {
+            Self::CallAccepted { stream }
+            | Self::CallRefused { stream }
+            | Self::CallStdout { stream, .. }
+            | Self::CallStderr { stream, .. }
+            | Self::CallStdoutEof { stream }
+            | Self::CallStderrEof { stream }
+            | Self::CallStdinCredit { stream, .. }
+            | Self::CallStdinClosed { stream }
+            | Self::CallExited { stream, .. } => Some(*stream),
+            _ => None,
+        }
+    }
+
     /// Validates a frame from the host.
     pub fn parse(raw: RawFrame) -> Result<Self, ProtocolError> {
         let RawFrame { kind, stream, payload } = raw;
