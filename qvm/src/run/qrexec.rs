@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::thread;
 
@@ -108,10 +109,17 @@ pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Out
 }
 
 fn client(qube: &str, flags: &[OsString], request: &str) -> Command {
-    let path = std::env::var_os("DISPVM_QREXEC_CLIENT").filter(|path| !path.is_empty());
-    let mut command = Command::new(path.unwrap_or_else(|| QREXEC_CLIENT.into()));
+    let named = std::env::var_os("DISPVM_QREXEC_CLIENT").filter(|path| !path.is_empty());
+    let path = named.map(PathBuf::from).or_else(beside).unwrap_or_else(|| QREXEC_CLIENT.into());
+    let mut command = Command::new(path);
     command.args(["-d", qube]).args(flags).arg(request);
     command
+}
+
+/// Ours, where it stands beside this program.
+fn beside() -> Option<PathBuf> {
+    let own = std::env::current_exe().ok()?;
+    Some(own.parent()?.join("qrexec-client")).filter(|path| path.is_file())
 }
 
 fn request(user: &str, service: &str) -> String {
