@@ -299,6 +299,13 @@ impl Agent {
     /// Starts a command, if everything is frozen in the process that waits for it. The group of commands is thawed for it: a
     /// command need not wait for all the rest.
     fn execute(&mut self, stream: u32, exec: Exec) -> Result<(), ProtocolError> {
+        let exec = match self.place.services().resolve(exec) {
+            Ok(exec) => exec,
+            Err(failure) => {
+                self.fail(stream, Some(Op::Exec), failure);
+                return Ok(());
+            }
+        };
         let Self { place, commands, outbox, freezer, unborn, .. } = self;
         let thaw = || match (freezer, place.top_cgroup()) {
             (Ok(freezer), Some(name)) => freezer.thaw_group(name),

@@ -12,6 +12,7 @@ use std::time::Duration;
 use common::Host;
 use guest_agent::calls::message::Answer;
 use guest_agent::calls::Calls;
+use guest_agent::place::Place;
 use qrexec::{Exit, GuestFrame, HostFrame, ReceiveWindow, SendWindow, CALL_STREAM, INITIAL_WINDOW};
 use rustix::net::{self, AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -25,7 +26,7 @@ impl Guest {
     fn new() -> Self {
         let folder = tempfile::tempdir().expect("tempdir");
         let calls = Calls::listen(&folder.path().join("run/qrexec.sock")).expect("listens");
-        Self { host: Host::connect_to(calls), folder }
+        Self { host: Host::connect_to(Place::here(), calls), folder }
     }
 
     fn socket(&self) -> PathBuf {
@@ -236,6 +237,25 @@ fn a_killed_caller_is_told_of_and_its_stream_ends_with_the_hosts_word() {
         }
         guest.exit(stream, 0);
         guest.host.ping(2);
+    }
+    guest.host.hang_up();
+}
+
+#[test]
+fn a_caller_whose_reader_is_gone_hangs_up() {
+    let mut guest = Guest::new();
+    let mut caller = guest.call(&["work", "yes"]);
+    drop(caller.stdout.take());
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    guest.host.say(HostFrame::CallStdout { stream, bytes: vec![b'y'; 65536] });
+    assert_eq!(status(&caller.wait_with_output().expect("ends")), Some(128 + libc::SIGPIPE));
+    loop {
+        match guest.host.hear() {
+            GuestFrame::CallHangup { .. } => break,
+            GuestFrame::CallStdinEof { .. } | GuestFrame::CallStdoutCredit { .. } => {}
+            other => panic!("unexpected: {other:?}"),
+        }
     }
     guest.host.hang_up();
 }

@@ -135,3 +135,72 @@ fn bind(path: &Path) -> io::Result<OwnedFd> {
     net::listen(&socket, BACKLOG)?;
     Ok(socket)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qrexec::{Decoder, GuestFrame};
+
+    fn caller(path: &Path) -> OwnedFd {
+        let socket = net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .expect("socket");
+        net::connect(&socket, &SocketAddrUnix::new(path).expect("short")).expect("connects");
+        net::send(&socket, b"work\0svc\0", net::SendFlags::NOSIGNAL).expect("sends");
+        socket
+    }
+
+    fn said(outbox: &mut Outbox) -> Vec<GuestFrame> {
+        let (bytes, mut decoder) = (outbox.drain(), Decoder::new());
+        let (mut input, mut frames) = (&bytes[..], Vec::new());
+        while let Some(raw) = decoder.next(&mut input).expect("decodes") {
+            frames.push(GuestFrame::parse(raw).expect("parses"));
+        }
+        frames
+    }
+
+    fn turn(calls: &mut Calls, outbox: &mut Outbox) -> Vec<GuestFrame> {
+        let mut slots = Vec::new();
+        calls.watch(&mut slots, outbox);
+        sys::poll(&mut slots, Some(0)).expect("polls");
+        calls.serve(&slots, outbox);
+        said(outbox)
+    }
+
+    #[test]
+    fn before_a_capture_all_calls_end_and_afterwards_they_work_at_once() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let path = folder.path().join("socket");
+        let (mut calls, mut outbox) = (Calls::listen(&path).expect("listens"), Outbox::default());
+        let asked = caller(&path);
+        let stream = match turn(&mut calls, &mut outbox).as_slice() {
+            [GuestFrame::Call { stream, .. }] => *stream,
+            other => panic!("unexpected: {other:?}"),
+        };
+        let waiting = [caller(&path), caller(&path)];
+        calls.end(&mut outbox);
+        assert_eq!(said(&mut outbox), [GuestFrame::CallHangup { stream }]);
+        for caller in waiting.iter().chain([&asked]) {
+            assert!(Answer::receive(caller).expect("reads").is_none(), "it has been sent away");
+        }
+        assert_eq!(turn(&mut calls, &mut outbox), [], "nobody waits");
+        // What the host of before still says is of no concern to the next.
+        calls.handle(stream, HostFrame::CallAccepted { stream }, &mut outbox).expect("ignored");
+        let _next = caller(&path);
+        let heard = turn(&mut calls, &mut outbox);
+        assert!(
+            matches!(&heard[..], [GuestFrame::Call { stream: next, .. }] if *next != stream),
+            "{heard:?}"
+        );
+    }
+
+    #[test]
+    fn nobody_is_admitted_while_the_host_does_not_listen() {
+        let folder = tempfile::tempdir().expect("tempdir");
+        let path = folder.path().join("socket");
+        let (mut calls, mut outbox) = (Calls::listen(&path).expect("listens"), Outbox::default());
+        let _caller = caller(&path);
+        outbox.push(&GuestFrame::Stdout { stream: 1, bytes: vec![0; ROOM] });
+        assert!(turn(&mut calls, &mut outbox).iter().all(|frame| !matches!(frame, GuestFrame::Call { .. })));
+        assert!(matches!(turn(&mut calls, &mut outbox)[..], [GuestFrame::Call { .. }]));
+    }
+}

@@ -38,18 +38,18 @@ pub struct Output {
 impl Host {
     /// Starts an agent and takes its greeting.
     pub fn connect() -> Self {
-        Self::connect_to(Calls::default())
+        Self::connect_to(Place::here(), Calls::default())
     }
 
-    /// Starts an agent that takes calls.
-    pub fn connect_to(calls: Calls) -> Self {
+    /// Starts an agent that runs commands there and takes these calls.
+    pub fn connect_to(place: Place, calls: Calls) -> Self {
         let (socket, theirs) = UnixStream::pair().expect("socketpair");
         theirs.set_nonblocking(true).expect("nonblocking");
         socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
         let agent = std::thread::spawn(move || {
             let freezer = Err(Failure::ours("freeze", 0, "not in tests"));
             let port = Port::over_socket(OwnedFd::from(theirs));
-            Agent::new(port, Place::here(), true, freezer, calls).run().expect("serves");
+            Agent::new(port, place, true, freezer, calls).run().expect("serves");
         });
         let mut host = Self { socket, decoder: Decoder::new(), heard: VecDeque::new(), agent: Some(agent) };
         let hello = host.hear();
