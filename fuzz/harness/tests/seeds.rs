@@ -377,3 +377,31 @@ fn write_admin_requests() {
         + &Property::new(false, Type::Vm, "").encode_line("netvm");
     keep("admin_request", "properties", lines);
 }
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_transfers() {
+    use filecopy::Header;
+    let entry = |name: &str, mode: u32, content: &str| {
+        let (name_bytes, content_bytes) = (name.len() as u32 + 1, content.len() as u64);
+        let header =
+            Header { name_bytes, mode, content_bytes, modified: (1_600_000_000, 1), ..Header::default() };
+        [&header.encode()[..], name.as_bytes(), b"\0", content.as_bytes()].concat()
+    };
+    let folder = |name| entry(name, 0o040755, "");
+    let inside = [
+        folder("a/b"),
+        entry("a/b/file", 0o100644, "content"),
+        entry("a/b/link", 0o120777, "../file"),
+        folder("a/b"),
+    ];
+    let end = Header::default().encode().to_vec();
+    let tree = [folder("a"), inside.concat(), folder("a"), end.clone()].concat();
+    keep("filecopy", "tree", tree);
+    keep("filecopy", "file", [entry("file", 0o100755, "x"), end.clone()].concat());
+    keep(
+        "filecopy",
+        "out",
+        [folder("a"), entry("a/l", 0o120777, "../x"), entry("a/../x", 0o100644, "x"), end].concat(),
+    );
+}
