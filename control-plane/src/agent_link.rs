@@ -16,7 +16,7 @@ use engine::units::ByteCount;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use qrexec::{Decoder, Exec, Failed, GuestFrame, HostFrame, Op};
 
-/// A launch's one command has this stream.
+/// A launch's main command has this stream; those of callers have later ones.
 pub const COMMAND_STREAM: u32 = 1;
 
 /// How long the agent may take for each answer. What the guests of a machine take is the machine's to say
@@ -104,9 +104,19 @@ impl AgentLink {
         frame.encode(&mut self.out).map_err(|error| broken("send to the agent", error))
     }
 
-    /// Queues bytes for the command's stdin.
-    pub fn queue_stdin(&mut self, bytes: &[u8]) {
-        HostFrame::encode_stdin(&mut self.out, COMMAND_STREAM, bytes);
+    /// Queues bytes for a command's stdin.
+    pub fn queue_stdin(&mut self, stream: u32, bytes: &[u8]) {
+        HostFrame::encode_stdin(&mut self.out, stream, bytes);
+    }
+
+    /// Bytes that wait to be sent.
+    pub fn backlog(&self) -> usize {
+        self.out.len()
+    }
+
+    /// Whether frames have been read that were not taken yet.
+    pub fn has_frames(&self) -> bool {
+        !self.inbox.is_empty()
     }
 
     /// Whether something waits to be sent.
@@ -239,7 +249,11 @@ impl Agent for AgentLink {
         loop {
             match self.wait_frame(step, deadline, limit)? {
                 GuestFrame::Hello(hello) if hello.protocol != qrexec::PROTOCOL => {
-                    let reason = format!("it speaks protocol {}, not {}", hello.protocol, qrexec::PROTOCOL);
+                    let reason = format!(
+                        "it speaks protocol {}, not {}: install this version's agent in the template, then build again",
+                        hello.protocol,
+                        qrexec::PROTOCOL
+                    );
                     return Err(AgentError::Broken { step, reason });
                 }
                 GuestFrame::Hello(hello) if !hello.session => {

@@ -111,6 +111,8 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // A holder that was killed has left its socket.
+        let _ = fs::remove_file(self.state.call_socket(&self.number.to_string()));
         let _ = fs::remove_file(&self.path);
         let _ = match self.rests {
             true => names::give_back(&self.state, self.number),
@@ -151,6 +153,9 @@ pub fn sweep(state: &State) -> Result<()> {
         let path = entry.map_err(Error::io("list", &folder))?.path();
         let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("disp")?.parse().ok());
         if let Ok(Some(lock)) = lock_existing(&path, FlockArg::LockExclusiveNonblock) {
+            if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+                let _ = fs::remove_file(state.call_socket(name));
+            }
             let _ = fs::remove_file(&path);
             // Its seven days begin now, as far as anybody can tell.
             if let Some(number) = number.and_then(CloneNumber::new) {
@@ -195,8 +200,10 @@ mod tests {
         assert_eq!((&listed.name, listed.label.as_deref()), (&lease.number().to_string(), Some("blue")));
         // What a killed keeper leaves: a record without a lock.
         fs::copy(&lease.path, state.clones().join("disp5")).unwrap();
+        fs::write(state.call_socket("disp5"), "").unwrap();
         assert_eq!(list(&state).unwrap().len(), 1);
         sweep(&state).unwrap();
+        assert!(!state.call_socket("disp5").exists());
         assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 1);
         drop(lease);
         assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 0);

@@ -15,6 +15,7 @@ use qrexec::{Exec, Exit};
 use serde_json::{json, Value};
 
 use crate::agent_link::{AgentLink, Limits};
+use crate::calls::Exchange;
 use crate::clones::{Keeping, Lease};
 use crate::daemon;
 use crate::daemon::client::{Found, HandedOut, Lifeline};
@@ -23,7 +24,7 @@ use crate::inputs::Guest;
 use crate::machine::{self, Machine};
 use crate::output::error_text;
 use crate::savefiles::{self, Readiness};
-use crate::session::{self, Attended, Caller, Ending, Signals};
+use crate::session::{Attended, Caller, Ending, Signals};
 use crate::state::{self, State};
 
 /// The launch itself failed.
@@ -71,6 +72,7 @@ impl Report {
             Ending::Exited(exit) => exit.status(),
             Ending::HungUp => 128 + Signal::SIGPIPE as u8,
             Ending::Signal(signal) => 128 + *signal as u8,
+            Ending::PoweredOff => EXIT_FAILED,
         }
     }
 
@@ -107,7 +109,6 @@ struct Launched {
     number: CloneNumber,
     host: String,
     generation: Option<u64>,
-    link: AgentLink,
     held: Held,
 }
 
@@ -115,13 +116,12 @@ struct Launched {
 pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(&str)) -> Result<Report> {
     let mut timeline = Timeline::since(request.start);
     machine::forbid_core_dump()?;
-    let mut launched = launch(state, machine, request, say, &mut timeline)?;
-    let ending = converse(&mut launched, &mut timeline);
+    let (mut launched, link) = launch(state, machine, request, say, &mut timeline)?;
+    let ending = converse(state, &mut launched, link, &mut timeline);
     if let Held::Here { domain, .. } = &mut launched.held {
         timeline.weave(domain.steps());
     }
-    let Launched { number, host, generation, link, held } = launched;
-    drop(link);
+    let Launched { number, host, generation, held, .. } = launched;
     let spare = matches!(held, Held::Kept { .. });
     // Also when the conversation broke: whoever waits for us has waited for the clone's end.
     let ended = end(held);
@@ -150,7 +150,7 @@ fn launch(
     request: Request,
     say: &dyn Fn(&str),
     timeline: &mut Timeline,
-) -> Result<Launched> {
+) -> Result<(Launched, AgentLink)> {
     if request.label.is_some() {
         return make(state, machine, request, true, say, timeline);
     }
@@ -175,7 +175,7 @@ fn take_over(
     exec: Exec,
     machine: &dyn Machine,
     timeline: &mut Timeline,
-) -> Result<Launched> {
+) -> Result<(Launched, AgentLink)> {
     let HandedOut { spare, number, agent, lifeline } = found;
     timeline.mark("prepared");
     let identity = Identity::again(number, spare.machine_id).map_err(Error::failed("draw entropy"))?;
@@ -185,7 +185,7 @@ fn take_over(
     launch::become_somebody(&mut link, &identity, timeline)
         .map_err(|error| launch_error(LaunchError::Agent(error)))?;
     let held = Held::Kept { lifeline };
-    Ok(Launched { number, host: spare.host, generation: Some(spare.generation), link, held })
+    Ok((Launched { number, host: spare.host, generation: Some(spare.generation), held }, link))
 }
 
 /// Makes a clone: restores it, or boots it cold.
@@ -196,7 +196,7 @@ fn make(
     may_rebuild: bool,
     say: &dyn Fn(&str),
     timeline: &mut Timeline,
-) -> Result<Launched> {
+) -> Result<(Launched, AgentLink)> {
     machine::sweep(state, machine)?;
     let in_use = state::lock_shared(&state.use_lock())?;
     let guest = Guest::load(state, &request.dvm)?;
@@ -246,7 +246,7 @@ fn make(
     };
     let Clone { domain, agent: link } = launched.map_err(launch_error)?;
     let (number, host) = (lease.number(), host.facts().kind.clone());
-    Ok(Launched { number, host, generation, link, held: Held::Here { domain, lease } })
+    Ok((Launched { number, host, generation, held: Held::Here { domain, lease } }, link))
 }
 
 /// What is done about a savefile that does not serve.
@@ -289,17 +289,28 @@ fn say_cold(reason: &str, state: &State, guest: &Guest, rebuild: Rebuild, say: &
     }
 }
 
-/// Carries the command's streams until it ends.
-fn converse(launched: &mut Launched, timeline: &mut Timeline) -> Result<Ending> {
+/// Carries the command's streams until it ends, and those of whoever calls meanwhile.
+fn converse(
+    state: &State,
+    launched: &mut Launched,
+    link: AgentLink,
+    timeline: &mut Timeline,
+) -> Result<Ending> {
+    let step = "run the command in the clone";
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
+    let mut exchange = Exchange::or_alone(state, &launched.number.to_string(), link);
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
     let attended: &mut dyn Attended = match &mut launched.held {
         Held::Here { domain, .. } => domain,
         Held::Kept { lifeline } => lifeline,
     };
-    session::run(&mut launched.link, attended, &caller, &mut signals, timeline)
-        .map_err(Error::failed("run the command in the clone"))
+    match exchange.run(attended, Some(caller), &mut signals, timeline).map_err(Error::failed(step))? {
+        Ending::PoweredOff => {
+            Err(Error::new(Kind::Failed, format!("cannot {step}: the guest has switched itself off")))
+        }
+        ending => Ok(ending),
+    }
 }
 
 fn launch_error(error: LaunchError) -> Error {

@@ -2,11 +2,12 @@
 //!
 //! Rooms: [`state`] (the state folder), [`qube`] (records), [`templates`] and [`volume`] (their files), [`start`] (a qube itself, to
 //! change it), [`names`] and [`clones`] (who lives), [`inputs`] (what makes a
-//! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`savefiles`] (build, list, verify, rm, gc),
+//! savefile stale), [`agent_link`] and [`session`] (talking to a guest), [`calls`] (qrexec calls into it and out of it), [`savefiles`] (build, list, verify, rm, gc),
 //! [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`admin`] (Qubes' Admin API), [`cli`] (what the binaries share), [`error`].
 
 pub mod admin;
 pub mod agent_link;
+pub mod calls;
 pub mod cli;
 pub mod clones;
 pub mod daemon;

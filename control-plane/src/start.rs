@@ -228,7 +228,7 @@ fn live(
             let what = "nobody reads the command's output any more".to_owned();
             return Ok(Finish::Cut(what, 128 + Signal::SIGPIPE as u8));
         }
-        Err(SessionError::Host(HostError::PoweredOff { .. })) => (None, Ok(None)),
+        Ok(Ending::PoweredOff) => (None, Ok(None)),
         // The agent's channel may close before the host tells that the guest has switched itself off.
         Err(SessionError::Agent(error)) => {
             let off = await_off(&mut *domain, None, &mut signals, END_LIMIT);

@@ -9,6 +9,7 @@
 //! ROOT/qubes/NAME/start.lock                 held while the qube runs itself (crate::start)
 //! ROOT/hot/HASH/                             admitted savefiles, by root hash
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
+//! ROOT/calls/NAME.sock                       where the holder of a running guest listens (crate::calls)
 //! ROOT/{system,dom0}.toml                    the system's settings, and dom0's
 //! ROOT/disposables/dispN-STARTED.toml        settings of a disposable that runs
 //! ROOT/settings.lock                         held by whoever changes settings
@@ -37,7 +38,7 @@ impl State {
     /// Opens the folder, making it if it is not there.
     pub fn open(root: &Path) -> Result<State> {
         let make = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
-        for folder in ["qubes", "clones", "hot"] {
+        for folder in ["qubes", "clones", "hot", "calls"] {
             let path = root.join(folder);
             if !path.is_dir() {
                 make(&path).map_err(Error::io("make the state folder", &path))?;
@@ -90,6 +91,11 @@ impl State {
     /// The living clones' records.
     pub fn clones(&self) -> PathBuf {
         self.root.join("clones")
+    }
+
+    /// Where the holder of the running guest `name` takes calls into it.
+    pub fn call_socket(&self, name: &str) -> PathBuf {
+        self.root.join("calls").join(format!("{name}.sock"))
     }
 
     /// The system's settings.

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use control_plane::calls::service;
 use control_plane::cli::{fail, generate_if_asked, machine, Common, LOGIN_SHELL};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
 use control_plane::qube::{self, Qube};
-use qrexec::service::Service;
 use qrexec::{Exec, User};
 
 /// Runs a command in a fresh disposable VM.
@@ -44,6 +44,12 @@ struct Options {
     /// Run this qrexec service instead of a command
     #[arg(long, value_name = "SERVICE[+ARG]", conflicts_with = "command")]
     service: Option<String>,
+    /// Who runs it in the disposable: DEFAULT, user or root
+    #[arg(long, value_name = "USER", default_value = "DEFAULT")]
+    user: String,
+    /// Who calls the service, as it is told
+    #[arg(long, value_name = "NAME", default_value = "dom0", requires = "service")]
+    source: String,
     /// Command and arguments [default: a login shell]
     #[arg(value_name = "CMD", trailing_var_arg = true)]
     command: Vec<OsString>,
@@ -93,37 +99,16 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
 }
 
 fn exec(options: &Options) -> Result<Exec> {
+    let user = service::user(&options.user)?;
     let exec = match &options.service {
-        Some(service) => service_exec(service)?,
-        None if options.command.is_empty() => Exec::user(LOGIN_SHELL),
-        None => Exec::user(options.command.iter().cloned().map(OsString::into_vec)),
+        Some(text) => service::exec(&service::parse(text)?, &service::parse_source(&options.source)?, user),
+        None => {
+            let command = options.command.iter().cloned().map(OsString::into_vec);
+            let exec = if options.command.is_empty() { Exec::user(LOGIN_SHELL) } else { Exec::user(command) };
+            Exec { user: user.unwrap_or(User::User), ..exec }
+        }
     };
     exec.validate().map_err(|error| Error::new(Kind::Usage, "the command cannot be sent").because(error))?;
-    Ok(exec)
-}
-
-/// `SERVICE[+ARG]` is the executable /etc/qubes-rpc/SERVICE with ARG as its argument, as qrexec does.
-fn service_exec(text: &str) -> Result<Exec> {
-    let service = Service::parse(text.as_bytes()).map_err(|error| {
-        Error::new(Kind::Usage, format!("{text:?} is no service"))
-            .because(error)
-            .hint("SERVICE[+ARG], of letters, digits, '-', '.' and '_'")
-    })?;
-    let argument = service.argument().unwrap_or_default();
-    let mut exec = Exec::user([format!("/etc/qubes-rpc/{}", service.name())]);
-    // As the configuration says that Qubes ships beside it.
-    if service.name() == "qubes.VMRootShell" {
-        exec.user = User::Root;
-    }
-    if !argument.is_empty() {
-        exec.argv.push(argument.as_bytes().to_vec());
-    }
-    let variables = [
-        ("QREXEC_SERVICE_FULL_NAME", text),
-        ("QREXEC_SERVICE_ARGUMENT", argument),
-        ("QREXEC_REMOTE_DOMAIN", "dom0"),
-    ];
-    exec.env = variables.map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).to_vec();
     Ok(exec)
 }
 

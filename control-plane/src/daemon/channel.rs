@@ -21,8 +21,8 @@ use serde::Serialize;
 
 use super::protocol::{encode, parse, MESSAGE_BYTES_MAX};
 
-/// No message has more: an agent's channel and a lifeline.
-pub const FDS_MAX: usize = 2;
+/// No message has more: the three streams of a call.
+pub const FDS_MAX: usize = 3;
 /// A peer that has not read for so long will not.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
 /// Connections that wait to be accepted; more callers than this wait in connect(2).
@@ -91,19 +91,30 @@ impl Channel {
 
     /// Sends a message. A peer that is gone is an error; one that does not read, on a socket that does not block, too.
     pub fn send(&self, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let bytes = encode(message).map_err(io::Error::other)?;
+        self.send_bytes(&encode(message).map_err(io::Error::other)?, fds)
+    }
+
+    /// As [`Channel::send`], with bytes of another form than JSON.
+    pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(io::Error::other("too many descriptors for one message"));
         }
-        net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+        net::sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
     /// The next message and its descriptors; `None` when the other end is gone.
     pub fn receive<T: DeserializeOwned>(&self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-        let mut bytes = vec![0u8; MESSAGE_BYTES_MAX];
+        let Some((bytes, fds)) = self.receive_bytes(MESSAGE_BYTES_MAX)? else { return Ok(None) };
+        let message = parse(&bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok(Some((message, fds)))
+    }
+
+    /// As [`Channel::receive`], of at most `bytes_max` bytes of any form.
+    pub fn receive_bytes(&self, bytes_max: usize) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+        let mut bytes = vec![0u8; bytes_max];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut slices = [IoSliceMut::new(&mut bytes)];
@@ -123,9 +134,8 @@ impl Channel {
         if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a message that is too long"));
         }
-        let message = parse(&bytes[..received.bytes])
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        Ok(Some((message, fds)))
+        bytes.truncate(received.bytes);
+        Ok(Some((bytes, fds)))
     }
 
     /// Tells the other end that nothing more comes.

@@ -142,4 +142,17 @@ impl Attended for Lifeline {
             Err(source) => Err(HostError::Io { step, source }),
         }
     }
+
+    fn pause(&mut self) -> Result<(), HostError> {
+        Err(not_ours("pause the disposable"))
+    }
+
+    fn unpause(&mut self) -> Result<(), HostError> {
+        Err(not_ours("unpause the disposable"))
+    }
+}
+
+/// What a keeper's clone cannot be asked for by way of its lifeline.
+fn not_ours(step: &'static str) -> HostError {
+    HostError::Refused { step, reason: "it was made as a spare, and its keeper does not do that".to_owned() }
 }

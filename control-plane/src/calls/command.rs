@@ -1,0 +1,221 @@
+//! A command in the guest, and whose it is: its three streams, and how it ends.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::signal::Signal;
+use qrexec::{Exit, GuestFrame, HostFrame};
+
+use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
+use super::message::Answer;
+use super::port::Port;
+use crate::agent_link::AgentLink;
+use crate::daemon::channel::Channel;
+use crate::session::SessionError;
+
+/// How long a command whose caller has gone may take to end after SIGTERM, before SIGKILL.
+const TERM_LIMIT: Duration = Duration::from_secs(5);
+
+/// Which of a command's streams.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Which {
+    Stdin,
+    Stdout,
+    Stderr,
+}
+
+/// Who waits for a command.
+#[derive(Debug)]
+pub(super) enum Whose {
+    /// The holder itself: what it is there for.
+    Main,
+    /// Somebody at the call socket.
+    Caller(Channel),
+    /// Nobody any more. It gets SIGKILL then, if it is still there and has not had it.
+    Nobody { kill_at: Option<Instant> },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Command {
+    stream: u32,
+    pub(super) whose: Whose,
+    stdin: Input,
+    stdout: Output,
+    stderr: Output,
+    exit: Option<Exit>,
+    /// Whether it has said anything on stdout.
+    pub(super) has_spoken: bool,
+}
+
+impl Command {
+    pub(super) fn new(
+        stream: u32,
+        whose: Whose,
+        [stdin, stdout, stderr]: [BorrowedFd<'_>; 3],
+    ) -> std::io::Result<Command> {
+        let ports = (Port::input(stdin)?, Port::output(stdout)?, Port::output(stderr)?);
+        Ok(Command {
+            stdin: Input::new(Some(ports.0)),
+            stdout: Output::new(Some(ports.1)),
+            stderr: Output::new(Some(ports.2)),
+            ..Command::nobodys(stream, whose)
+        })
+    }
+
+    /// One with nothing to read, whose output nobody hears.
+    pub(super) fn nobodys(stream: u32, whose: Whose) -> Command {
+        Command {
+            stream,
+            whose,
+            stdin: Input::new(None),
+            stdout: Output::new(None),
+            stderr: Output::new(None),
+            exit: None,
+            has_spoken: false,
+        }
+    }
+
+    pub(super) fn is_main(&self) -> bool {
+        matches!(self.whose, Whose::Main)
+    }
+
+    /// How it ended, once all that it wrote is with its reader.
+    pub(super) fn ended(&self) -> Option<Exit> {
+        self.exit.filter(|_| self.stdout.is_done() && self.stderr.is_done())
+    }
+
+    /// What to wait for. Of stdin nothing, when too much waits for the guest already.
+    pub(super) fn interests(
+        &self,
+        hears_stdin: bool,
+    ) -> impl Iterator<Item = (Which, BorrowedFd<'_>, PollFlags)> {
+        let stdin = self.stdin.interest().filter(|_| hears_stdin && self.exit.is_none());
+        let interests = [
+            (Which::Stdin, stdin),
+            (Which::Stdout, self.stdout.interest()),
+            (Which::Stderr, self.stderr.interest()),
+        ];
+        interests.into_iter().filter_map(|(which, interest)| interest.map(|(fd, flags)| (which, fd, flags)))
+    }
+
+    /// The socket of its caller, whose end is the caller's.
+    pub(super) fn caller(&self) -> Option<BorrowedFd<'_>> {
+        match &self.whose {
+            Whose::Caller(channel) => Some(channel.as_fd()),
+            Whose::Main | Whose::Nobody { .. } => None,
+        }
+    }
+
+    /// Takes a frame of its stream.
+    pub(super) fn take(&mut self, frame: GuestFrame, link: &mut AgentLink) -> Result<(), SessionError> {
+        match frame {
+            // What comes after its last frame is nothing.
+            _ if self.exit.is_some() => {}
+            GuestFrame::Stdout { bytes, .. } => {
+                self.has_spoken = true;
+                let credit = self.stdout.receive(bytes)?;
+                self.pay(Which::Stdout, credit, link)?;
+            }
+            GuestFrame::Stderr { bytes, .. } => {
+                let credit = self.stderr.receive(bytes)?;
+                self.pay(Which::Stderr, credit, link)?;
+            }
+            GuestFrame::StdoutEof { .. } if !self.is_main() => self.stdout.end(),
+            GuestFrame::StderrEof { .. } if !self.is_main() => self.stderr.end(),
+            GuestFrame::StdinCredit { bytes, .. } => self.stdin.credit(bytes)?,
+            GuestFrame::StdinClosed { .. } => drop(self.stdin.close()),
+            GuestFrame::Exited { exit, .. } => self.exit = Some(exit),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Moves what a ready descriptor has, or takes. `Ok(false)`: nobody reads what the command writes.
+    pub(super) fn turn(
+        &mut self,
+        which: Which,
+        flags: PollFlags,
+        link: &mut AgentLink,
+        polled_used: &mut bool,
+    ) -> Result<bool, SessionError> {
+        let output = match which {
+            Which::Stdin => return self.read(link).map(|()| true),
+            Which::Stdout => &mut self.stdout,
+            Which::Stderr => &mut self.stderr,
+        };
+        match output.write(flags, polled_used) {
+            Wrote::On(credit) => self.pay(which, credit, link).map(|()| true),
+            Wrote::NoReader => Ok(false),
+            Wrote::Failed(_) if !self.is_main() => Ok(false),
+            Wrote::Failed(error) => Err(output_error(error)),
+        }
+    }
+
+    fn read(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
+        let mut buffer = [0; READ_BYTES];
+        match self.stdin.read(&mut buffer) {
+            Heard::Nothing => {}
+            Heard::Bytes(bytes) => link.queue_stdin(self.stream, bytes),
+            Heard::End => link.queue(&HostFrame::StdinEof { stream: self.stream })?,
+        }
+        Ok(())
+    }
+
+    fn pay(&self, which: Which, credit: Option<u32>, link: &mut AgentLink) -> Result<(), SessionError> {
+        let stream = self.stream;
+        match (which, credit) {
+            (Which::Stdout, Some(bytes)) => link.queue(&HostFrame::StdoutCredit { stream, bytes })?,
+            (Which::Stderr, Some(bytes)) => link.queue(&HostFrame::StderrCredit { stream, bytes })?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Its caller has gone: it is told to end, and what it still writes is thrown away.
+    pub(super) fn abandon(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
+        self.whose = Whose::Nobody { kill_at: Some(Instant::now() + TERM_LIMIT) };
+        if self.exit.is_none() {
+            link.queue(&HostFrame::Signal { stream: self.stream, signal: Signal::SIGTERM as u8 })?;
+        }
+        if self.stdin.close() {
+            link.queue(&HostFrame::StdinEof { stream: self.stream })?;
+        }
+        let (stdout, stderr) = (self.stdout.close(), self.stderr.close());
+        self.pay(Which::Stdout, stdout, link)?;
+        self.pay(Which::Stderr, stderr, link)
+    }
+
+    /// When it has to be looked at again at the latest.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match self.whose {
+            Whose::Nobody { kill_at } => kill_at,
+            Whose::Main | Whose::Caller(_) => None,
+        }
+    }
+
+    /// Kills it, if it was told to end long enough ago.
+    pub(super) fn kill_if_due(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
+        if self.deadline().is_some_and(|kill_at| kill_at <= Instant::now()) {
+            self.whose = Whose::Nobody { kill_at: None };
+            link.queue(&HostFrame::Signal { stream: self.stream, signal: Signal::SIGKILL as u8 })?;
+        }
+        Ok(())
+    }
+
+    /// Tells whoever waits, after their descriptors are closed.
+    pub(super) fn answer(self, answer: &Answer) {
+        let Command { whose, stdin, stdout, stderr, .. } = self;
+        drop((stdin, stdout, stderr));
+        if let Whose::Caller(channel) = whose {
+            // One that has gone has no ears.
+            let _ = channel.send(answer, &[]);
+        }
+    }
+}
+
+fn output_error(error: Errno) -> SessionError {
+    SessionError::Io { step: "write the command's output", source: error.into() }
+}

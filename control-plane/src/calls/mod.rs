@@ -1,0 +1,35 @@
+//! qrexec calls on the host's side: into a guest that runs, by whoever holds it.
+//!
+//! Who does what:
+//! - the **holder** of a guest ([`Exchange`]) has its agent's channel, and listens at the guest's *call socket*, ROOT/calls/NAME.sock. It carries the
+//!   streams of every call itself, in one loop;
+//! - a **caller** ([`client`]) says there in one message what is to run (`message`), and gives its stdin, stdout and stderr along.
+//!   From then on it has only to wait for the answer, how the command ended. If it hangs up, the command is ended;
+//! - what runs when a [`service`] is called, or a command line of qrexec's, is the same whoever calls;
+//! - of each command the holder has a [`command`](Command), whose streams ([`flow`]) go through descriptors ([`port`]) that never block it.
+//!
+//! Invariants:
+//! - a caller is root or our own user, and so is the folder's owner;
+//! - at most [`CALLS_MAX`] commands run at a time beside the main one; peers that say nothing have [`GREETING_LIMIT`];
+//! - what a stalled reader, a silent peer or a guest that does not listen can have us keep is bounded by the windows and by
+//!   [`BACKLOG_MAX`]; none of them delays another stream, or a control message;
+//! - frames of streams that are not there are dropped: they may have been under way when the stream ended.
+//!
+//! [`Exchange`]: exchange::Exchange
+//! [`CALLS_MAX`]: exchange::CALLS_MAX
+//! [`GREETING_LIMIT`]: exchange::GREETING_LIMIT
+//! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
+//! [`command`]: command::Command
+//! [`Command`]: command::Command
+
+pub mod client;
+mod command;
+pub mod exchange;
+mod flow;
+pub mod message;
+mod port;
+pub mod programs;
+pub mod service;
+mod watch;
+
+pub use exchange::Exchange;

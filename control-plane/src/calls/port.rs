@@ -1,0 +1,129 @@
+//! One end of a stream of somebody else's, made so that using it never blocks.
+//!
+//! Invariant: no descriptor that may be shared with others is made non-blocking. A pipe or terminal is opened a second time instead, to have an
+//! open file description of our own; a socket is asked each time not to block. What cannot be opened again is used only when poll says so,
+//! and then for no more than a pipe takes without blocking ([`POLLED_BYTES`]), and by one at a time.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::net::{RecvFlags, SendFlags};
+
+/// What a pipe that polls writable takes without blocking (PIPE_BUF, pipe(7)).
+const POLLED_BYTES: usize = 4096;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Port {
+    fd: OwnedFd,
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Does not block, or never does for long: our own, or a file.
+    Free,
+    Socket,
+    /// Blocks if others use it between poll and us.
+    Polled,
+}
+
+impl Port {
+    /// To read from `fd`.
+    pub(super) fn input(fd: BorrowedFd<'_>) -> io::Result<Port> {
+        Port::of(fd, OFlags::RDONLY)
+    }
+
+    /// To write to `fd`.
+    pub(super) fn output(fd: BorrowedFd<'_>) -> io::Result<Port> {
+        Port::of(fd, OFlags::WRONLY)
+    }
+
+    fn of(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Port> {
+        let kind = match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
+            FileType::Socket => Kind::Socket,
+            FileType::Fifo | FileType::CharacterDevice => match again(fd, access) {
+                Some(fd) => return Ok(Port { fd, kind: Kind::Free }),
+                None => Kind::Polled,
+            },
+            _ => Kind::Free,
+        };
+        Ok(Port { fd: fd.try_clone_to_owned()?, kind })
+    }
+
+    /// Whether it may be used only once between two polls, for others may be the same pipe.
+    pub(super) fn is_polled(&self) -> bool {
+        self.kind == Kind::Polled
+    }
+
+    pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
+        match self.kind {
+            Kind::Free | Kind::Polled => nix::unistd::read(self.fd.as_raw_fd(), buffer),
+            Kind::Socket => match rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT) {
+                Ok((count, _)) => Ok(count),
+                Err(error) => Err(Errno::from_raw(error.raw_os_error())),
+            },
+        }
+    }
+
+    pub(super) fn write(&self, bytes: &[u8]) -> nix::Result<usize> {
+        match self.kind {
+            Kind::Free => nix::unistd::write(&self.fd, bytes),
+            Kind::Polled => nix::unistd::write(&self.fd, bytes.get(..POLLED_BYTES).unwrap_or(bytes)),
+            Kind::Socket => rustix::net::send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+                .map_err(|error| Errno::from_raw(error.raw_os_error())),
+        }
+    }
+}
+
+/// Opens a pipe or terminal once more; only for what `fd` itself can do, lest a pipe's writer could read it.
+fn again(fd: BorrowedFd<'_>, access: OFlags) -> Option<OwnedFd> {
+    let has = rustix::fs::fcntl_getfl(fd).ok()? & OFlags::ACCMODE;
+    if has != access && has != OFlags::RDWR {
+        return None;
+    }
+    let path = Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
+    let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    rustix::fs::open(path, flags, Mode::empty()).ok()
+}
+
+impl AsFd for Port {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{pipe, Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_full_pipe_and_an_empty_one_do_not_block_and_stay_blocking_for_others() {
+        let (mut reader, mut writer) = pipe().unwrap();
+        let (input, output) = (Port::input(reader.as_fd()).unwrap(), Port::output(writer.as_fd()).unwrap());
+        assert_eq!(input.read(&mut [0; 8]), Err(Errno::EAGAIN));
+        while output.write(&[7; 4096]).is_ok() {}
+        assert_eq!(output.write(&[7]), Err(Errno::EAGAIN));
+        assert!(!rustix::fs::fcntl_getfl(&reader).unwrap().contains(OFlags::NONBLOCK));
+        let mut bytes = [0; 4096];
+        reader.read_exact(&mut bytes).unwrap();
+        writer.write_all(b"x").unwrap();
+        assert_eq!(input.read(&mut bytes), Ok(4096));
+    }
+
+    #[test]
+    fn a_full_socket_does_not_block_and_the_wrong_end_of_a_pipe_is_not_opened_as_the_other() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let output = Port::output(ours.as_fd()).unwrap();
+        while output.write(&[7; 4096]).is_ok() {}
+        assert_eq!(output.write(&[7]), Err(Errno::EAGAIN));
+        assert_eq!(Port::input(ours.as_fd()).unwrap().read(&mut [0; 8]), Err(Errno::EAGAIN));
+        let (_reader, writer) = pipe().unwrap();
+        assert_eq!(Port::input(writer.as_fd()).unwrap().read(&mut [0; 8]), Err(Errno::EBADF));
+    }
+}

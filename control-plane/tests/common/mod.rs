@@ -1,0 +1,154 @@
+//! A guest of the tests: an agent that is played by hand, and a domain that is a socket, held by an [`Exchange`] on a thread.
+
+// Each file of tests uses a part of it.
+#![allow(dead_code)]
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use control_plane::agent_link::AgentLink;
+use control_plane::calls::Exchange;
+use control_plane::session::{Attended, Ending, SessionError, Signals};
+use control_plane::state::State;
+use engine::host::HostError;
+use engine::timeline::Timeline;
+use qrexec::{Decoder, GuestFrame, HostFrame};
+
+/// The longest that anything here may take.
+pub const LIMIT: Duration = Duration::from_secs(20);
+pub const NAME: &str = "disp7";
+
+/// A program of this package, which cargo builds beside its tests.
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap();
+    own.ancestors().nth(2).unwrap().join(name)
+}
+
+/// The agent, as the test plays it.
+pub struct Agent {
+    pub stream: UnixStream,
+    decoder: Decoder,
+    frames: VecDeque<HostFrame>,
+}
+
+impl Agent {
+    /// The next frame that is no credit.
+    pub fn hear(&mut self) -> HostFrame {
+        loop {
+            match self.hear_any() {
+                HostFrame::StdoutCredit { .. } | HostFrame::StderrCredit { .. } => {}
+                frame => return frame,
+            }
+        }
+    }
+
+    pub fn hear_any(&mut self) -> HostFrame {
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(frame) = self.frames.pop_front() {
+                return frame;
+            }
+            let count = self.stream.read(&mut buffer).expect("a frame from the holder");
+            assert!(count > 0, "the holder has gone");
+            let mut input = &buffer[..count];
+            while let Some(raw) = self.decoder.next(&mut input).unwrap() {
+                self.frames.push_back(HostFrame::parse(raw).unwrap());
+            }
+        }
+    }
+
+    pub fn say(&mut self, frame: &GuestFrame) {
+        let mut out = Vec::new();
+        frame.encode(&mut out);
+        // A holder that has had enough has hung up.
+        let _ = self.stream.write_all(&out);
+    }
+
+    /// The stream of the next command.
+    pub fn take_exec(&mut self) -> u32 {
+        match self.hear() {
+            HostFrame::Exec { stream, .. } => stream,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A domain whose events are bytes: `o` has it off.
+struct Bytes {
+    events: UnixStream,
+    pauses: bool,
+}
+
+impl Attended for Bytes {
+    fn events(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+
+    fn attend(&mut self) -> Result<(), HostError> {
+        let (step, mut byte) = ("serve", [0]);
+        match self.events.read(&mut byte) {
+            Ok(1) if byte == *b"o" => Err(HostError::PoweredOff { step }),
+            _ => Err(HostError::Gone { step, detail: String::new() }),
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), HostError> {
+        match self.pauses {
+            true => Ok(()),
+            false => Err(HostError::Refused { step: "pause", reason: "not this one".to_owned() }),
+        }
+    }
+
+    fn unpause(&mut self) -> Result<(), HostError> {
+        Ok(())
+    }
+}
+
+/// A guest that is held.
+pub struct Guest {
+    pub folder: tempfile::TempDir,
+    pub state: State,
+    pub agent: Agent,
+    pub domain: UnixStream,
+    holder: JoinHandle<Result<Ending, SessionError>>,
+}
+
+impl Guest {
+    pub fn start(pauses: bool) -> Guest {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (domain, events) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        ours.set_read_timeout(Some(LIMIT)).unwrap();
+        ours.set_write_timeout(Some(LIMIT)).unwrap();
+        let its_state = state.clone();
+        let (told, bound) = std::sync::mpsc::channel();
+        let holder = std::thread::spawn(move || {
+            let mut signals = Signals::block().unwrap();
+            let mut exchange = Exchange::new(&its_state, NAME, AgentLink::new(Box::new(theirs))).unwrap();
+            told.send(()).unwrap();
+            let mut timeline = Timeline::since(Instant::now());
+            exchange.run(&mut Bytes { events, pauses }, None, &mut signals, &mut timeline)
+        });
+        bound.recv_timeout(LIMIT).unwrap();
+        let agent = Agent { stream: ours, decoder: Decoder::new(), frames: VecDeque::new() };
+        Guest { folder, state, agent, domain, holder }
+    }
+
+    /// Has the guest switch itself off, unless the holder has ended by itself; how it ended.
+    pub fn end(self) -> Result<Ending, SessionError> {
+        let _ = (&self.domain).write_all(b"o");
+        self.holder.join().unwrap()
+    }
+
+    /// How the holder ended by itself.
+    pub fn ended(self) -> Result<Ending, SessionError> {
+        self.holder.join().unwrap()
+    }
+}
