@@ -84,7 +84,7 @@ man: build
 
 install: man
 	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share
-	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd qvm qrexec-policy) $(DESTDIR)$(PREFIX)/bin
+	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd qvm qrexec-policy qrexec-client qrexec-policy-exec) $(DESTDIR)$(PREFIX)/bin
 	@for tool in $$(target/release/qvm 2>&1 | sed -n 's/^tools: //p' | tr -d ,); do ln -sf qvm $(DESTDIR)$(PREFIX)/bin/$$tool; done
 	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
 	@install -d $(DESTDIR)$(PREFIX)/lib/systemd/system

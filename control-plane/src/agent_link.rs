@@ -249,7 +249,11 @@ impl Agent for AgentLink {
         loop {
             match self.wait_frame(step, deadline, limit)? {
                 GuestFrame::Hello(hello) if hello.protocol != qrexec::PROTOCOL => {
-                    let reason = format!("it speaks protocol {}, not {}", hello.protocol, qrexec::PROTOCOL);
+                    let reason = format!(
+                        "it speaks protocol {}, not {}: install this version's agent in the template, then build again",
+                        hello.protocol,
+                        qrexec::PROTOCOL
+                    );
                     return Err(AgentError::Broken { step, reason });
                 }
                 GuestFrame::Hello(hello) if !hello.session => {

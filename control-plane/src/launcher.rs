@@ -238,7 +238,7 @@ fn converse(
 ) -> Result<Ending> {
     let step = "run the command in the clone";
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
-    let mut exchange = Exchange::or_alone(state, &launched.number.to_string(), link);
+    let mut exchange = Exchange::or_without_calls(state, &launched.number.to_string(), link);
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
     let mut noted;

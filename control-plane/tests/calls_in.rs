@@ -123,8 +123,9 @@ fn a_command_ends_with_its_caller_and_with_its_reader() {
     let stream = guest.agent.take_exec();
     drop(caller.stdout);
     guest.agent.say(&GuestFrame::Stdout { stream, bytes: b"y".to_vec() });
-    let heard = [guest.agent.hear(), guest.agent.hear()];
-    assert!(heard.contains(&HostFrame::Signal { stream, signal: 15 }), "{heard:?}");
+    assert_eq!(guest.agent.hear(), HostFrame::Signal { stream, signal: 13 });
+    guest.agent.say(&GuestFrame::Exited { stream, exit: Exit::Signal(13) });
+    assert_eq!(caller.outcome.recv_timeout(LIMIT).unwrap().unwrap(), Exit::Signal(13));
     guest.end().unwrap();
 }
 

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use qrexec::{Decoder, Exec, GuestFrame, Hello, HostFrame, Identity, Op, ProtocolError, PROTOCOL};
 
+use crate::calls::Calls;
 use crate::cgroup::Freezer;
 use crate::command::{Command, NotStarted, Unborn};
 use crate::commands::Commands;
@@ -50,6 +51,7 @@ pub struct Agent {
     decoder: Decoder,
     outbox: Outbox,
     commands: Commands,
+    calls: Calls,
     hook: Option<Result<Hook, Failure>>,
     errand: Option<Errand>,
     slots: Vec<PollSlot>,
@@ -57,8 +59,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that talks over `port` and runs commands in `place`.
-    pub fn new(port: Port, place: Place, session: bool, freezer: Result<Freezer, Failure>) -> Self {
+    /// An agent that talks over `port`, runs commands in `place` and takes calls at the socket of `calls`.
+    pub fn new(
+        port: Port,
+        place: Place,
+        session: bool,
+        freezer: Result<Freezer, Failure>,
+        calls: Calls,
+    ) -> Self {
         Self {
             port,
             place,
@@ -72,6 +80,7 @@ impl Agent {
             decoder: Decoder::new(),
             outbox: Outbox::default(),
             commands: Commands::default(),
+            calls,
             hook: None,
             errand: None,
             slots: Vec::new(),
@@ -109,6 +118,7 @@ impl Agent {
         let mut ready = &slots[SLOTS..];
         self.commands.serve(&mut ready, &mut self.outbox);
         self.serve_errand(&mut ready);
+        self.calls.serve(ready, &mut self.outbox);
         let heard = self.port.is_heard(&slots[..SLOTS], events);
         self.slots = slots;
         Ok(!heard || self.listen())
@@ -128,6 +138,7 @@ impl Agent {
         if let Some(errand) = &self.errand {
             errand.watch(slots);
         }
+        self.calls.watch(slots, &self.outbox);
     }
 
     fn timeout_ms(&self) -> Option<u32> {
@@ -160,6 +171,9 @@ impl Agent {
     fn handle(&mut self, frame: HostFrame) -> Result<(), ProtocolError> {
         if is_control(&frame) {
             self.thaw_now();
+        }
+        if let Some(stream) = frame.call() {
+            return self.calls.handle(stream, frame, &mut self.outbox);
         }
         match frame {
             HostFrame::Prerun(piece) => self.take_hook(&piece),
@@ -225,8 +239,9 @@ impl Agent {
             .freezer()?
             .freeze(apart.as_deref())
             .and_then(|()| self.kit.as_mut().map_or(Ok(()), Kit::poise));
-        if frozen.is_err() {
-            let _ = self.thaw();
+        match frozen {
+            Ok(()) => self.calls.end(&mut self.outbox),
+            Err(_) => drop(self.thaw()),
         }
         frozen
     }
@@ -284,6 +299,13 @@ impl Agent {
     /// Starts a command, if everything is frozen in the process that waits for it. The group of commands is thawed for it: a
     /// command need not wait for all the rest.
     fn execute(&mut self, stream: u32, exec: Exec) -> Result<(), ProtocolError> {
+        let exec = match self.place.services().resolve(exec) {
+            Ok(exec) => exec,
+            Err(failure) => {
+                self.fail(stream, Some(Op::Exec), failure);
+                return Ok(());
+            }
+        };
         let Self { place, commands, outbox, freezer, unborn, .. } = self;
         let thaw = || match (freezer, place.top_cgroup()) {
             (Ok(freezer), Some(name)) => freezer.thaw_group(name),
@@ -366,22 +388,15 @@ impl Agent {
 
     fn forget(&mut self) {
         self.commands.abandon();
+        self.calls.abandon();
         self.errand.take().into_iter().for_each(|mut errand| errand.abandon(&mut self.commands));
         self.hook = None;
         self.decoder = Decoder::new();
     }
 }
 
-/// Whether a frame is about the guest as a whole, not about one command.
+/// Whether a frame is about the guest as a whole, not about one command or call.
 fn is_control(frame: &HostFrame) -> bool {
-    use HostFrame::{Exec, Signal, StderrCredit, Stdin, StdinEof, StdoutCredit};
-    !matches!(
-        frame,
-        Exec { .. }
-            | Stdin { .. }
-            | StdinEof { .. }
-            | StdoutCredit { .. }
-            | StderrCredit { .. }
-            | Signal { .. }
-    )
+    use HostFrame::{Freeze, Identify, Ping, Prerun, Settle, Shutdown, Thaw, Warm};
+    matches!(frame, Prerun(_) | Settle | Warm | Freeze | Identify(_) | Thaw | Shutdown | Ping(_))
 }

@@ -2,21 +2,17 @@
 //!
 //! Invariants:
 //! - Nothing here blocks, but for starting: the agent waits while its child becomes the command. Its end is told by its pidfd.
-//! - A pipe is read only with credit from the host and room in the outbox: a stalled reader stalls the program, nothing else.
-//! - What waits for stdin is within the window granted to the host. A command that closed its stdin has the rest dropped and credited.
+//! - Its bytes flow as `flow` says. A command that closed its stdin has the rest dropped and credited.
 //! - `Exited` is the last frame, after both ends of output. Output ends with EOF, or, when a background process keeps a pipe open,
 //!   once the command has exited and the pipes have been idle for [`LINGER`]: as sshd does, so that `daemon &` ends.
 
-use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::unistd::pipe2;
-use qrexec::{kind, Exec, Exit, GuestFrame, ProtocolError, ReceiveWindow, SendWindow, User};
+use qrexec::{kind, Exec, Exit, GuestFrame, ProtocolError, User};
 
-use crate::failure::{Failure, Step};
+use crate::failure::Failure;
+use crate::flow::{pipe_from, pipe_to, News, Sink, Source};
 use crate::outbox::{Outbox, Taken, ROOM};
 use crate::place::Place;
 use crate::sys::{self, LaunchError, PollSlot, Zygote};
@@ -31,9 +27,9 @@ pub struct Command {
     stream: u32,
     pid: i32,
     pidfd: OwnedFd,
-    stdin: Stdin,
-    stdout: Output,
-    stderr: Output,
+    stdin: Sink,
+    stdout: Source,
+    stderr: Source,
     exit: Option<Exit>,
     last_activity: Instant,
     abandoned: bool,
@@ -55,19 +51,6 @@ pub struct Unborn {
 
 /// Our ends: stdin, stdout, stderr.
 type Pipes = [OwnedFd; 3];
-
-struct Stdin {
-    pipe: Option<OwnedFd>,
-    queue: VecDeque<u8>,
-    eof: bool,
-    window: ReceiveWindow,
-}
-
-struct Output {
-    pipe: Option<OwnedFd>,
-    kind: u16,
-    window: SendWindow,
-}
 
 impl Command {
     /// Starts `exec`. `keep` stays open in it.
@@ -98,14 +81,9 @@ impl Command {
             stream,
             pid,
             pidfd,
-            stdin: Stdin {
-                pipe: Some(stdin),
-                queue: VecDeque::new(),
-                eof: false,
-                window: ReceiveWindow::default(),
-            },
-            stdout: Output { pipe: Some(stdout), kind: kind::STDOUT, window: SendWindow::default() },
-            stderr: Output { pipe: Some(stderr), kind: kind::STDERR, window: SendWindow::default() },
+            stdin: Sink::new(stdin),
+            stdout: Source::new(stdout, kind::STDOUT),
+            stderr: Source::new(stderr, kind::STDERR),
             exit: None,
             last_activity: Instant::now(),
             abandoned: false,
@@ -121,8 +99,9 @@ impl Command {
     pub fn abandon(&mut self) {
         self.signal(libc::SIGKILL);
         self.abandoned = true;
-        (self.stdin.pipe, self.stdout.pipe, self.stderr.pipe) = (None, None, None);
-        self.stdin.queue = VecDeque::new();
+        self.stdin.close();
+        self.stdout.close();
+        self.stderr.close();
     }
 
     /// Signals its process group, unless it has ended.
@@ -134,47 +113,30 @@ impl Command {
 
     /// Bytes for its stdin.
     pub fn stdin(&mut self, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
-        self.stdin.window.received(bytes.len())?;
-        if self.stdin.eof {
-            return Err(ProtocolError::Malformed { frame: "Stdin", what: "comes after StdinEof" });
-        }
-        let written = if self.stdin.queue.is_empty() { self.write_stdin(bytes, outbox) } else { 0 };
-        if self.stdin.pipe.is_some() {
-            self.stdin.queue.extend(&bytes[written..]);
-        } else {
-            self.consumed(bytes.len() - written, outbox);
-        }
+        let news = self.stdin.receive("Stdin", bytes)?;
+        self.tell(news, outbox);
         Ok(())
     }
 
     /// The end of its stdin.
     pub fn stdin_eof(&mut self) {
-        self.stdin.eof = true;
-        if self.stdin.queue.is_empty() {
-            self.stdin.pipe = None;
-        }
+        self.stdin.end();
     }
 
     /// More of its stdout may be sent.
     pub fn stdout_credit(&mut self, bytes: u32) -> Result<(), ProtocolError> {
-        self.stdout.window.credit(bytes)
+        self.stdout.credit(bytes)
     }
 
     /// More of its stderr may be sent.
     pub fn stderr_credit(&mut self, bytes: u32) -> Result<(), ProtocolError> {
-        self.stderr.window.credit(bytes)
+        self.stderr.credit(bytes)
     }
 
     /// What it waits for.
     pub fn slots(&self, room: bool) -> [PollSlot; SLOTS] {
         let end = self.exit.is_none().then(|| self.pidfd.as_fd());
-        let stdin_events = if self.stdin.queue.is_empty() { 0 } else { libc::POLLOUT };
-        [
-            sys::slot(end, libc::POLLIN),
-            sys::slot(self.stdin.pipe.as_ref().map(AsFd::as_fd), stdin_events),
-            self.stdout.slot(room),
-            self.stderr.slot(room),
-        ]
+        [sys::slot(end, libc::POLLIN), self.stdin.slot(), self.stdout.slot(room), self.stderr.slot(room)]
     }
 
     /// When it has to be looked at even if nothing happens: its pipes linger.
@@ -189,12 +151,12 @@ impl Command {
             self.reap();
         }
         if is_ready(1) {
-            self.drain_stdin(ready[1].revents, outbox);
+            let news = self.stdin.drain(ready[1].revents);
+            self.tell(news, outbox);
         }
-        for (at, output) in [(2, &mut self.stdout), (3, &mut self.stderr)] {
-            if is_ready(at) && output.pump(self.stream, outbox) {
-                self.last_activity = Instant::now();
-            }
+        let pumped = [is_ready(2) && self.pump_stdout(outbox), is_ready(3) && self.pump_stderr(outbox)];
+        if pumped.contains(&true) {
+            self.last_activity = Instant::now();
         }
         if self.deadline().is_some_and(|deadline| Instant::now() >= deadline) {
             self.stop_lingering(outbox);
@@ -211,78 +173,58 @@ impl Command {
         self.last_activity = Instant::now();
     }
 
-    fn drain_stdin(&mut self, events: i16, outbox: &mut Outbox) {
-        if events & libc::POLLERR != 0 {
-            return self.stdin_closed(outbox);
+    fn tell(&self, news: News, outbox: &mut Outbox) {
+        let stream = self.stream;
+        if news.closed && self.exit.is_none() {
+            outbox.push(&GuestFrame::StdinClosed { stream });
         }
-        let queue = std::mem::take(&mut self.stdin.queue);
-        let written = self.write_stdin(queue.as_slices().0, outbox);
-        self.stdin.queue = queue;
-        self.stdin.queue.drain(..written);
-        if self.stdin.pipe.is_none() {
-            self.drop_stdin(outbox);
-        } else if self.stdin.eof && self.stdin.queue.is_empty() {
-            self.stdin.pipe = None;
+        if let Some(bytes) = news.credit {
+            outbox.push(&GuestFrame::StdinCredit { stream, bytes });
         }
     }
 
-    /// Writes what the pipe takes, and credits it.
-    fn write_stdin(&mut self, bytes: &[u8], outbox: &mut Outbox) -> usize {
-        let Some(pipe) = &self.stdin.pipe else { return 0 };
-        match nix::unistd::write(pipe, bytes) {
-            Ok(written) => {
-                self.consumed(written, outbox);
-                written
-            }
-            Err(Errno::EAGAIN | Errno::EINTR) => 0,
-            Err(_) => {
-                self.stdin_closed(outbox);
-                0
-            }
+    /// `true`: something came.
+    fn pump_stdout(&mut self, outbox: &mut Outbox) -> bool {
+        let taken = self.stdout.pump(self.stream, outbox);
+        if taken == Taken::Eof {
+            outbox.push(&GuestFrame::StdoutEof { stream: self.stream });
         }
+        matches!(taken, Taken::Bytes(_))
     }
 
-    fn stdin_closed(&mut self, outbox: &mut Outbox) {
-        self.stdin.pipe = None;
-        let is_news = !self.stdin.eof && self.exit.is_none();
-        if is_news {
-            outbox.push(&GuestFrame::StdinClosed { stream: self.stream });
+    /// `true`: something came.
+    fn pump_stderr(&mut self, outbox: &mut Outbox) -> bool {
+        let taken = self.stderr.pump(self.stream, outbox);
+        if taken == Taken::Eof {
+            outbox.push(&GuestFrame::StderrEof { stream: self.stream });
         }
-        self.drop_stdin(outbox);
-    }
-
-    fn drop_stdin(&mut self, outbox: &mut Outbox) {
-        let dropped = std::mem::take(&mut self.stdin.queue).len();
-        self.consumed(dropped, outbox);
-    }
-
-    fn consumed(&mut self, count: usize, outbox: &mut Outbox) {
-        let credit = self.stdin.window.consumed(count);
-        if let Some(bytes) = credit.filter(|_| !self.stdin.eof) {
-            outbox.push(&GuestFrame::StdinCredit { stream: self.stream, bytes });
-        }
+        matches!(taken, Taken::Bytes(_))
     }
 
     /// It has ended, and whatever keeps its pipes open may write more: neither lacks credit for that.
     fn lingers(&self) -> bool {
-        let outputs = [&self.stdout, &self.stderr];
-        let open = outputs.iter().any(|output| output.pipe.is_some());
-        let stalled = outputs.iter().any(|output| output.pipe.is_some() && output.window.left() == 0);
-        self.exit.is_some() && open && !stalled
+        let open = || [&self.stdout, &self.stderr].into_iter().filter(|output| output.is_open());
+        self.exit.is_some() && open().next().is_some() && !open().any(Source::is_stalled)
     }
 
     /// Closes pipes that are idle indeed: they could be read, and gave nothing.
     fn stop_lingering(&mut self, outbox: &mut Outbox) {
         self.last_activity = Instant::now();
-        let more = [&mut self.stdout, &mut self.stderr].map(|output| output.pump(self.stream, outbox));
-        if more == [false, false] && outbox.waiting() < ROOM {
-            self.stdout.close(self.stream, outbox);
-            self.stderr.close(self.stream, outbox);
+        let more = [self.pump_stdout(outbox), self.pump_stderr(outbox)];
+        if more != [false, false] || outbox.waiting() >= ROOM {
+            return;
+        }
+        let stream = self.stream;
+        if self.stdout.close() {
+            outbox.push(&GuestFrame::StdoutEof { stream });
+        }
+        if self.stderr.close() {
+            outbox.push(&GuestFrame::StderrEof { stream });
         }
     }
 
     fn finish(&mut self, outbox: &mut Outbox) -> bool {
-        let output_open = self.stdout.pipe.is_some() || self.stderr.pipe.is_some();
+        let output_open = self.stdout.is_open() || self.stderr.is_open();
         let Some(exit) = self.exit.filter(|_| !output_open) else { return false };
         if !self.abandoned {
             outbox.push(&GuestFrame::Exited { stream: self.stream, exit });
@@ -306,42 +248,6 @@ impl Unborn {
     }
 }
 
-impl Output {
-    fn slot(&self, room: bool) -> PollSlot {
-        let wanted = room && self.window.left() > 0;
-        sys::slot(self.pipe.as_ref().filter(|_| wanted).map(AsFd::as_fd), libc::POLLIN)
-    }
-
-    /// Takes one frame's worth. `true`: something came.
-    fn pump(&mut self, stream: u32, outbox: &mut Outbox) -> bool {
-        let Some(pipe) = &self.pipe else { return false };
-        if outbox.waiting() >= ROOM {
-            return false;
-        }
-        match outbox.take_from(pipe.as_fd(), self.kind, stream, self.window.left()) {
-            Taken::Bytes(count) => {
-                self.window.sent(count);
-                true
-            }
-            Taken::Nothing => false,
-            Taken::Eof => {
-                self.close(stream, outbox);
-                false
-            }
-        }
-    }
-
-    fn close(&mut self, stream: u32, outbox: &mut Outbox) {
-        if self.pipe.take().is_none() {
-            return;
-        }
-        outbox.push(&match self.kind {
-            kind::STDOUT => GuestFrame::StdoutEof { stream },
-            _ => GuestFrame::StderrEof { stream },
-        });
-    }
-}
-
 impl From<LaunchError> for NotStarted {
     fn from(error: LaunchError) -> Self {
         match error {
@@ -362,17 +268,7 @@ impl From<Failure> for NotStarted {
 
 /// A command's three pipes: its ends, and ours, which don't block.
 fn pipes() -> Result<(Pipes, Pipes), Failure> {
-    let [(stdin_theirs, stdin), (stdout, stdout_theirs), (stderr, stderr_theirs)] =
-        [pipe()?, pipe()?, pipe()?];
-    let ours = [stdin, stdout, stderr];
-    for end in &ours {
-        nix::fcntl::fcntl(end.as_raw_fd(), nix::fcntl::FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-            .step(|| "set up a pipe")?;
-    }
-    Ok(([stdin_theirs, stdout_theirs, stderr_theirs], ours))
-}
-
-/// A pipe: (reading end, writing end), closed by exec.
-fn pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
-    pipe2(OFlag::O_CLOEXEC).step(|| "make a pipe")
+    let [(stdin_theirs, stdin), (stdout_theirs, stdout), (stderr_theirs, stderr)] =
+        [pipe_to()?, pipe_from()?, pipe_from()?];
+    Ok(([stdin_theirs, stdout_theirs, stderr_theirs], [stdin, stdout, stderr]))
 }

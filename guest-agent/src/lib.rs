@@ -4,24 +4,28 @@
 //! Invariants: one thread and one poll loop; no bytes of the host panic it or make it hang; it is alone in its cgroup, so it can
 //! freeze everything else and go on itself.
 //!
-//! Files in reading order: `main` (the two lives: the session's and the agent's), `session`, `place` and `account` (where commands
-//! run), `cgroup` (the freezer), `port` (the byte stream to the host), `agent` (the loop), `commands`, `command`, `outbox` (what runs), `errand` (prerun and
-//! rehearsal), `identity`, `power`, `sys` (all unsafe code).
+//! Files in reading order: `main` (the two lives: the session's and the agent's), `session`, `place`, `account` and `services` (where
+//! commands run, and what), `cgroup` (the freezer), `port` (the byte stream to the host), `agent` (the loop), `commands`, `command`, `flow`, `outbox` (what runs), `calls` (what programs here want of others), `errand` (prerun and
+//! rehearsal), `identity`, `power`, `tools` (the programs that call), `sys` (all unsafe code).
 
 #[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64")))]
 compile_error!("sys.rs starts processes by x86-64 assembly, and its structures are those of 64-bit kernels");
 
 pub mod account;
 pub mod agent;
+pub mod calls;
 pub mod cgroup;
 mod command;
 mod commands;
 mod errand;
 pub mod failure;
+mod flow;
 mod identity;
 mod outbox;
 pub mod place;
 pub mod port;
 mod power;
+pub mod services;
 pub mod session;
 pub mod sys;
+pub mod tools;

@@ -1,22 +1,29 @@
 //! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user; `dispvm-agent vmexec
-//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`.
+//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`. Started as one of `tools`, it is that.
 
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use guest_agent::agent::Agent;
+use guest_agent::calls::{Calls, SOCKET};
 use guest_agent::cgroup::Freezer;
 use guest_agent::failure::{Failure, Step};
 use guest_agent::place::Place;
 use guest_agent::port::{Port, Site};
 use guest_agent::session::{self, Session};
-use guest_agent::sys;
+use guest_agent::{sys, tools};
 
 fn main() -> ExitCode {
-    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let mut args = std::env::args_os();
+    let tool = args.next().and_then(|program| tools::named(&program));
+    let args: Vec<_> = args.collect();
+    if let Some(tool) = tool {
+        return tool(args);
+    }
     let result = match args.as_slice() {
         [] => serve(),
         [word] if word == "session" => session::run().map(|never| match never {}),
@@ -64,5 +71,9 @@ fn serve() -> Result<(), Failure> {
         // to, it does.
         let _ = sys::go_first();
     }
-    Agent::new(port, place, session.is_some(), freezer).run().step(|| "serve the host")
+    let calls = Calls::listen(Path::new(SOCKET)).unwrap_or_else(|failure| {
+        eprintln!("dispvm-agent: {failure}; programs here can't call others");
+        Calls::default()
+    });
+    Agent::new(port, place, session.is_some(), freezer, calls).run().step(|| "serve the host")
 }

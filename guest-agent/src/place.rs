@@ -14,6 +14,7 @@ use qrexec::{Exec, User};
 use crate::account::Account;
 use crate::cgroup::{self, ROOT};
 use crate::failure::{Failure, Step};
+use crate::services::Services;
 use crate::session::{self, Session};
 use crate::sys::{c_string, CStrings, Launch};
 
@@ -34,6 +35,7 @@ pub struct Place {
     cgroup_path: Option<String>,
     changes_user: bool,
     resets_oom: bool,
+    services: Services,
 }
 
 impl Place {
@@ -49,6 +51,7 @@ impl Place {
         let path = if can_hold_commands(&path)? { path } else { format!("/{FALLBACK_CGROUP}") };
         let folder = Path::new(ROOT).join(path.trim_start_matches('/'));
         fs::create_dir_all(&folder).step(|| format!("make {}", folder.display()))?;
+        let services = Services::below("/", &user.name);
         let cgroup = File::open(&folder).step(|| format!("open {}", folder.display()))?;
         Ok(Self {
             user,
@@ -58,6 +61,7 @@ impl Place {
             cgroup_path: Some(path),
             changes_user: true,
             resets_oom: is_protected(),
+            services,
         })
     }
 
@@ -65,6 +69,7 @@ impl Place {
     pub fn here() -> Self {
         let account = Account::of(nix::unistd::getuid().as_raw(), Path::new("/etc"));
         Self {
+            services: Services::below("/", &account.name),
             user_env: account.login_env(),
             user: account.clone(),
             root: account,
@@ -73,6 +78,16 @@ impl Place {
             changes_user: false,
             resets_oom: false,
         }
+    }
+
+    /// With services of other folders than this machine's.
+    pub fn with_services(self, services: Services) -> Self {
+        Self { services, ..self }
+    }
+
+    /// The services that are called here.
+    pub fn services(&self) -> &Services {
+        &self.services
     }
 
     /// The top-level cgroup that must not be frozen for a command to start.
@@ -88,6 +103,7 @@ impl Place {
     /// Looks every command up as starting it would, so that folders and files are in the kernel's caches, found and not found alike, and
     /// reads the small ones: a clone's first command need not wait for its disk.
     pub fn look_around(&self) {
+        self.services.look_around();
         let path =
             self.user_env.iter().find(|(key, _)| key == b"PATH").map_or(DEFAULT_PATH, |(_, value)| value);
         let folders = path.split(|byte| *byte == b':').map(|folder| Path::new(OsStr::from_bytes(folder)));

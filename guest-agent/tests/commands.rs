@@ -5,6 +5,9 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::Host;
+use guest_agent::calls::Calls;
+use guest_agent::place::Place;
+use guest_agent::services::Services;
 use qrexec::{Exec, Exit, GuestFrame, HostFrame, Op, User};
 
 #[test]
@@ -156,5 +159,37 @@ fn hooks_run_and_their_failure_is_told() {
     let answer = host.hear();
     let GuestFrame::Failed { stream: 0, failed } = answer else { panic!("{answer:?}") };
     assert_eq!((failed.op, failed.message.as_str()), (Some(Op::Prerun), "no way\n"));
+    host.hang_up();
+}
+
+#[test]
+fn services_are_the_guests_own() {
+    let root = tempfile::tempdir().expect("tempdir");
+    let write = |path: &str, text: &str| {
+        let path = root.path().join(path);
+        std::fs::create_dir_all(path.parent().expect("has one")).expect("mkdir");
+        std::fs::write(&path, text).expect("write");
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+    };
+    write("etc/qubes-rpc/svc", "#!/bin/sh\necho any $1\n");
+    write("usr/local/etc/qubes-rpc/svc+x", "#!/bin/sh\necho just $1\n");
+    write("etc/qubes-rpc/other", "#!/bin/sh\n");
+    write("etc/qubes/rpc-config/other", "force-user=nobody\n");
+    let services = Services::below(root.path(), "user");
+    let mut host = Host::connect_to(Place::here().with_services(services), Calls::default());
+    let mut call = |stream, name: &str, argument: &str| {
+        let mut exec = Exec::user([format!("/etc/qubes-rpc/{name}"), argument.into()]);
+        exec.env = vec![(b"QREXEC_SERVICE_FULL_NAME".to_vec(), format!("{name}+{argument}").into_bytes())];
+        host.say(HostFrame::Exec { stream, exec: Box::new(exec) });
+        match name {
+            "other" => Err(host.hear()),
+            _ => Ok(host.finish(stream)),
+        }
+    };
+    assert_eq!(call(1, "svc", "x").expect("runs").stdout, b"just x\n");
+    assert_eq!(call(2, "svc", "y").expect("runs").stdout, b"any y\n");
+    assert_eq!(call(3, "none", "y").expect("is told").exit, Some(Exit::NotFound(2)));
+    let refused = call(4, "other", "").expect_err("nobody runs it");
+    assert!(matches!(&refused, GuestFrame::Failed { stream: 4, .. }), "{refused:?}");
     host.hang_up();
 }

@@ -14,7 +14,7 @@ pub enum ProtocolError {
     /// No frame of this direction has this kind.
     #[error("frame of unknown kind {0:#06x}")]
     UnknownKind(u16),
-    /// A control frame with a stream, or a command's frame without one.
+    /// A control frame with a stream, or a command's or call's frame with none or with one of the other.
     #[error("{frame} frame: must not carry stream {stream}")]
     Stream {
         /// The frame's name.

@@ -1,5 +1,6 @@
 //! The header of every frame, and the kinds. Host kinds are below 0x100, guest kinds from there on.
 
+use crate::call::CALL_STREAM;
 use crate::ProtocolError;
 
 /// Bytes of a header.
@@ -25,6 +26,15 @@ pub mod kind {
     pub const STDOUT_CREDIT: u16 = 0x13;
     pub const STDERR_CREDIT: u16 = 0x14;
     pub const SIGNAL: u16 = 0x15;
+    pub const CALL_ACCEPTED: u16 = 0x20;
+    pub const CALL_REFUSED: u16 = 0x21;
+    pub const CALL_STDOUT: u16 = 0x22;
+    pub const CALL_STDERR: u16 = 0x23;
+    pub const CALL_STDOUT_EOF: u16 = 0x24;
+    pub const CALL_STDERR_EOF: u16 = 0x25;
+    pub const CALL_STDIN_CREDIT: u16 = 0x26;
+    pub const CALL_STDIN_CLOSED: u16 = 0x27;
+    pub const CALL_EXITED: u16 = 0x28;
 
     pub const HELLO: u16 = 0x101;
     pub const DONE: u16 = 0x102;
@@ -38,6 +48,12 @@ pub mod kind {
     pub const STDIN_CREDIT: u16 = 0x114;
     pub const STDIN_CLOSED: u16 = 0x115;
     pub const EXITED: u16 = 0x116;
+    pub const CALL: u16 = 0x120;
+    pub const CALL_STDIN: u16 = 0x121;
+    pub const CALL_STDIN_EOF: u16 = 0x122;
+    pub const CALL_STDOUT_CREDIT: u16 = 0x123;
+    pub const CALL_STDERR_CREDIT: u16 = 0x124;
+    pub const CALL_HANGUP: u16 = 0x125;
 }
 
 /// A frame whose header is sound and whose payload is complete, but not yet looked into.
@@ -106,20 +122,34 @@ pub(crate) fn put_data(out: &mut Vec<u8>, kind: u16, stream: u32, bytes: &[u8]) 
     }
 }
 
-/// Checks that a control frame is on the control stream.
-pub(crate) fn control(frame: &'static str, stream: u32) -> Result<(), ProtocolError> {
-    if stream == 0 {
-        return Ok(());
-    }
-    Err(ProtocolError::Stream { frame, stream })
+/// What a frame's stream has to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Streams {
+    /// The control stream.
+    Control,
+    /// A command's.
+    Command,
+    /// Either of these.
+    ControlOrCommand,
+    /// A call's.
+    Call,
 }
 
-/// Checks that a command's frame names a command.
-pub(crate) fn command(frame: &'static str, stream: u32) -> Result<(), ProtocolError> {
-    if stream != 0 {
-        return Ok(());
+impl Streams {
+    /// Checks a frame's stream.
+    pub fn check(self, frame: &'static str, stream: u32) -> Result<(), ProtocolError> {
+        let is_call = stream & CALL_STREAM != 0;
+        let fits = match self {
+            Self::Control => stream == 0,
+            Self::Command => stream != 0 && !is_call,
+            Self::ControlOrCommand => !is_call,
+            Self::Call => is_call,
+        };
+        if fits {
+            return Ok(());
+        }
+        Err(ProtocolError::Stream { frame, stream })
     }
-    Err(ProtocolError::Stream { frame, stream })
 }
 
 /// Checks that a frame carries nothing.

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::frame::{command, control, empty, exactly, kind, put, put_data};
-use crate::{Exit, ProtocolError, RawFrame};
+use crate::frame::{empty, exactly, kind, put, put_data, Streams};
+use crate::{Call, Exit, ProtocolError, RawFrame};
 
 /// Bytes of each text in a frame; longer ones are cut.
 pub const TEXT_BYTES_MAX: usize = 4096;
@@ -80,6 +80,19 @@ pub enum GuestFrame {
     /// The command has ended and its output is complete: the stream's last frame. For a command that never ran (there is none, or it can't
     /// be executed) it is the only one: no ends of output come before it.
     Exited { stream: u32, exit: Exit },
+    /// A program in the guest calls a service, on a stream of its own that was not used before on this connection. Answered by
+    /// `CallAccepted` or `CallRefused`; bytes of the call are sent only after the former.
+    Call { stream: u32, call: Call },
+    /// Bytes for the service's stdin, within the window.
+    CallStdin { stream: u32, bytes: Vec<u8> },
+    /// The end of the service's stdin.
+    CallStdinEof { stream: u32 },
+    /// So many more bytes of the service's stdout may be sent.
+    CallStdoutCredit { stream: u32, bytes: u32 },
+    /// So many more bytes of the service's stderr may be sent.
+    CallStderrCredit { stream: u32, bytes: u32 },
+    /// The caller is gone, the service is to end; it is answered by the stream's last frame all the same.
+    CallHangup { stream: u32 },
 }
 
 impl GuestFrame {
@@ -100,6 +113,16 @@ impl GuestFrame {
             }
             Self::StdinClosed { stream } => put(out, kind::STDIN_CLOSED, *stream, &[]),
             Self::Exited { stream, exit } => put(out, kind::EXITED, *stream, &exit.encode()),
+            Self::Call { stream, call } => put(out, kind::CALL, *stream, &call.encode()),
+            Self::CallStdin { stream, bytes } => put_data(out, kind::CALL_STDIN, *stream, bytes),
+            Self::CallStdinEof { stream } => put(out, kind::CALL_STDIN_EOF, *stream, &[]),
+            Self::CallStdoutCredit { stream, bytes } => {
+                put(out, kind::CALL_STDOUT_CREDIT, *stream, &bytes.to_le_bytes())
+            }
+            Self::CallStderrCredit { stream, bytes } => {
+                put(out, kind::CALL_STDERR_CREDIT, *stream, &bytes.to_le_bytes())
+            }
+            Self::CallHangup { stream } => put(out, kind::CALL_HANGUP, *stream, &[]),
         }
     }
 
@@ -107,12 +130,9 @@ impl GuestFrame {
     pub fn parse(raw: RawFrame) -> Result<Self, ProtocolError> {
         let RawFrame { kind, stream, payload } = raw;
         let frame = name(kind).ok_or(ProtocolError::UnknownKind(kind))?;
-        match kind {
-            kind::FAILED => {}
-            kind if kind < kind::STDOUT => control(frame, stream)?,
-            _ => command(frame, stream)?,
-        }
+        streams(kind).check(frame, stream)?;
         let nothing = |parsed| empty(frame, &payload).map(|()| parsed);
+        let number = || exactly(frame, &payload).map(u32::from_le_bytes);
         Ok(match kind {
             kind::HELLO => Self::Hello(Hello::parse(&payload)?),
             kind::DONE => Self::Done(Op::parse(u16::from_le_bytes(exactly(frame, &payload)?))?),
@@ -123,11 +143,15 @@ impl GuestFrame {
             kind::STDERR => Self::Stderr { stream, bytes: payload },
             kind::STDOUT_EOF => nothing(Self::StdoutEof { stream })?,
             kind::STDERR_EOF => nothing(Self::StderrEof { stream })?,
-            kind::STDIN_CREDIT => {
-                Self::StdinCredit { stream, bytes: u32::from_le_bytes(exactly(frame, &payload)?) }
-            }
+            kind::STDIN_CREDIT => Self::StdinCredit { stream, bytes: number()? },
             kind::STDIN_CLOSED => nothing(Self::StdinClosed { stream })?,
             kind::EXITED => Self::Exited { stream, exit: Exit::parse(&payload)? },
+            kind::CALL => Self::Call { stream, call: Call::decode(&payload)? },
+            kind::CALL_STDIN => Self::CallStdin { stream, bytes: payload },
+            kind::CALL_STDIN_EOF => nothing(Self::CallStdinEof { stream })?,
+            kind::CALL_STDOUT_CREDIT => Self::CallStdoutCredit { stream, bytes: number()? },
+            kind::CALL_STDERR_CREDIT => Self::CallStderrCredit { stream, bytes: number()? },
+            kind::CALL_HANGUP => nothing(Self::CallHangup { stream })?,
             _ => return Err(ProtocolError::UnknownKind(kind)),
         })
     }
@@ -208,6 +232,15 @@ fn is_harmless(char: char) -> bool {
     }
 }
 
+fn streams(kind: u16) -> Streams {
+    match kind {
+        kind::FAILED => Streams::ControlOrCommand,
+        kind if kind < kind::STDOUT => Streams::Control,
+        kind if kind < kind::CALL => Streams::Command,
+        _ => Streams::Call,
+    }
+}
+
 fn name(kind: u16) -> Option<&'static str> {
     Some(match kind {
         kind::HELLO => "Hello",
@@ -222,6 +255,12 @@ fn name(kind: u16) -> Option<&'static str> {
         kind::STDIN_CREDIT => "StdinCredit",
         kind::STDIN_CLOSED => "StdinClosed",
         kind::EXITED => "Exited",
+        kind::CALL => "Call",
+        kind::CALL_STDIN => "CallStdin",
+        kind::CALL_STDIN_EOF => "CallStdinEof",
+        kind::CALL_STDOUT_CREDIT => "CallStdoutCredit",
+        kind::CALL_STDERR_CREDIT => "CallStderrCredit",
+        kind::CALL_HANGUP => "CallHangup",
         _ => return None,
     })
 }

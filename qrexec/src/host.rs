@@ -1,7 +1,7 @@
 //! What the host says. See [`HostFrame`] for what each frame does and which answer it gets.
 
-use crate::frame::{command, control, empty, exactly, kind, put, put_data};
-use crate::{Exec, Identity, ProtocolError, RawFrame};
+use crate::frame::{empty, exactly, kind, put, put_data, Streams};
+use crate::{Exec, Exit, Identity, ProtocolError, RawFrame};
 
 /// Linux has signals 1 to 64.
 const SIGNAL_MAX: u32 = 64;
@@ -28,7 +28,7 @@ pub enum HostFrame {
     Ping(u64),
     /// Run a command on a stream of its own. Answered by its output and `Exited`, or by `Failed` on that stream.
     Exec {
-        /// A number not used before on this connection, not 0.
+        /// A number not used before on this connection, not 0, below [`CALL_STREAM`](crate::CALL_STREAM).
         stream: u32,
         /// What to run.
         exec: Box<Exec>,
@@ -66,6 +66,59 @@ pub enum HostFrame {
         /// 1 to 64.
         signal: u8,
     },
+    /// The guest's call may happen: from here on its bytes flow.
+    CallAccepted {
+        /// The call.
+        stream: u32,
+    },
+    /// The call may not happen, whatever the reason: the stream's last frame.
+    CallRefused {
+        /// The call.
+        stream: u32,
+    },
+    /// Bytes of the service's stdout, within the window.
+    CallStdout {
+        /// The call.
+        stream: u32,
+        /// At most one frame's worth.
+        bytes: Vec<u8>,
+    },
+    /// Bytes of the service's stderr, within the window.
+    CallStderr {
+        /// The call.
+        stream: u32,
+        /// At most one frame's worth.
+        bytes: Vec<u8>,
+    },
+    /// No more stdout of the service.
+    CallStdoutEof {
+        /// The call.
+        stream: u32,
+    },
+    /// No more stderr of the service.
+    CallStderrEof {
+        /// The call.
+        stream: u32,
+    },
+    /// So many more bytes of the service's stdin may be sent.
+    CallStdinCredit {
+        /// The call.
+        stream: u32,
+        /// More bytes.
+        bytes: u32,
+    },
+    /// The service has closed its stdin; what is still sent is dropped, and credited.
+    CallStdinClosed {
+        /// The call.
+        stream: u32,
+    },
+    /// The service has ended and its output is complete, or it never began: the stream's last frame.
+    CallExited {
+        /// The call.
+        stream: u32,
+        /// How.
+        exit: Exit,
+    },
 }
 
 impl HostFrame {
@@ -95,6 +148,17 @@ impl HostFrame {
             Self::Signal { stream, signal } => {
                 put(out, kind::SIGNAL, *stream, &u32::from(*signal).to_le_bytes())
             }
+            Self::CallAccepted { stream } => put(out, kind::CALL_ACCEPTED, *stream, &[]),
+            Self::CallRefused { stream } => put(out, kind::CALL_REFUSED, *stream, &[]),
+            Self::CallStdout { stream, bytes } => put_data(out, kind::CALL_STDOUT, *stream, bytes),
+            Self::CallStderr { stream, bytes } => put_data(out, kind::CALL_STDERR, *stream, bytes),
+            Self::CallStdoutEof { stream } => put(out, kind::CALL_STDOUT_EOF, *stream, &[]),
+            Self::CallStderrEof { stream } => put(out, kind::CALL_STDERR_EOF, *stream, &[]),
+            Self::CallStdinCredit { stream, bytes } => {
+                put(out, kind::CALL_STDIN_CREDIT, *stream, &bytes.to_le_bytes())
+            }
+            Self::CallStdinClosed { stream } => put(out, kind::CALL_STDIN_CLOSED, *stream, &[]),
+            Self::CallExited { stream, exit } => put(out, kind::CALL_EXITED, *stream, &exit.encode()),
         }
         Ok(())
     }
@@ -110,15 +174,27 @@ impl HostFrame {
         put(out, kind::PRERUN, 0, &[]);
     }
 
+    /// The call that it is about, if any.
+    pub fn call(&self) -> Option<u32> {
+        match self {
+            Self::CallAccepted { stream }
+            | Self::CallRefused { stream }
+            | Self::CallStdout { stream, .. }
+            | Self::CallStderr { stream, .. }
+            | Self::CallStdoutEof { stream }
+            | Self::CallStderrEof { stream }
+            | Self::CallStdinCredit { stream, .. }
+            | Self::CallStdinClosed { stream }
+            | Self::CallExited { stream, .. } => Some(*stream),
+            _ => None,
+        }
+    }
+
     /// Validates a frame from the host.
     pub fn parse(raw: RawFrame) -> Result<Self, ProtocolError> {
         let RawFrame { kind, stream, payload } = raw;
         let frame = name(kind).ok_or(ProtocolError::UnknownKind(kind))?;
-        if kind < kind::EXEC {
-            control(frame, stream)?;
-        } else {
-            command(frame, stream)?;
-        }
+        streams(kind).check(frame, stream)?;
         let nothing = |parsed| empty(frame, &payload).map(|()| parsed);
         let number = || exactly(frame, &payload).map(u32::from_le_bytes);
         Ok(match kind {
@@ -139,8 +215,25 @@ impl HostFrame {
                 signal @ 1..=SIGNAL_MAX => Self::Signal { stream, signal: signal as u8 },
                 _ => return Err(ProtocolError::malformed(frame, "no such signal")),
             },
+            kind::CALL_ACCEPTED => nothing(Self::CallAccepted { stream })?,
+            kind::CALL_REFUSED => nothing(Self::CallRefused { stream })?,
+            kind::CALL_STDOUT => Self::CallStdout { stream, bytes: payload },
+            kind::CALL_STDERR => Self::CallStderr { stream, bytes: payload },
+            kind::CALL_STDOUT_EOF => nothing(Self::CallStdoutEof { stream })?,
+            kind::CALL_STDERR_EOF => nothing(Self::CallStderrEof { stream })?,
+            kind::CALL_STDIN_CREDIT => Self::CallStdinCredit { stream, bytes: number()? },
+            kind::CALL_STDIN_CLOSED => nothing(Self::CallStdinClosed { stream })?,
+            kind::CALL_EXITED => Self::CallExited { stream, exit: Exit::parse(&payload)? },
             _ => return Err(ProtocolError::UnknownKind(kind)),
         })
+    }
+}
+
+fn streams(kind: u16) -> Streams {
+    match kind {
+        kind if kind < kind::EXEC => Streams::Control,
+        kind if kind < kind::CALL_ACCEPTED => Streams::Command,
+        _ => Streams::Call,
     }
 }
 
@@ -160,6 +253,15 @@ fn name(kind: u16) -> Option<&'static str> {
         kind::STDOUT_CREDIT => "StdoutCredit",
         kind::STDERR_CREDIT => "StderrCredit",
         kind::SIGNAL => "Signal",
+        kind::CALL_ACCEPTED => "CallAccepted",
+        kind::CALL_REFUSED => "CallRefused",
+        kind::CALL_STDOUT => "CallStdout",
+        kind::CALL_STDERR => "CallStderr",
+        kind::CALL_STDOUT_EOF => "CallStdoutEof",
+        kind::CALL_STDERR_EOF => "CallStderrEof",
+        kind::CALL_STDIN_CREDIT => "CallStdinCredit",
+        kind::CALL_STDIN_CLOSED => "CallStdinClosed",
+        kind::CALL_EXITED => "CallExited",
         _ => return None,
     })
 }

@@ -52,6 +52,23 @@ fn identity() -> impl Strategy<Value = Identity> {
     })
 }
 
+fn command() -> impl Strategy<Value = u32> {
+    1..CALL_STREAM
+}
+
+fn call() -> impl Strategy<Value = u32> {
+    CALL_STREAM..
+}
+
+fn exit() -> impl Strategy<Value = Exit> {
+    prop_oneof![
+        any::<u8>().prop_map(Exit::Code),
+        (1u8..=64).prop_map(Exit::Signal),
+        any::<u32>().prop_map(Exit::NotFound),
+        any::<u32>().prop_map(Exit::NotExecutable),
+    ]
+}
+
 fn host_frame() -> impl Strategy<Value = HostFrame> {
     let data = || vec(any::<u8>(), 1..2000);
     prop_oneof![
@@ -63,12 +80,21 @@ fn host_frame() -> impl Strategy<Value = HostFrame> {
         Just(HostFrame::Thaw),
         Just(HostFrame::Shutdown),
         any::<u64>().prop_map(HostFrame::Ping),
-        (1u32.., exec()).prop_map(|(stream, exec)| HostFrame::Exec { stream, exec: Box::new(exec) }),
-        (1u32.., data()).prop_map(|(stream, bytes)| HostFrame::Stdin { stream, bytes }),
-        (1u32..).prop_map(|stream| HostFrame::StdinEof { stream }),
-        (1u32.., any::<u32>()).prop_map(|(stream, bytes)| HostFrame::StdoutCredit { stream, bytes }),
-        (1u32.., any::<u32>()).prop_map(|(stream, bytes)| HostFrame::StderrCredit { stream, bytes }),
-        (1u32.., 1u8..=64).prop_map(|(stream, signal)| HostFrame::Signal { stream, signal }),
+        (command(), exec()).prop_map(|(stream, exec)| HostFrame::Exec { stream, exec: Box::new(exec) }),
+        (command(), data()).prop_map(|(stream, bytes)| HostFrame::Stdin { stream, bytes }),
+        command().prop_map(|stream| HostFrame::StdinEof { stream }),
+        (command(), any::<u32>()).prop_map(|(stream, bytes)| HostFrame::StdoutCredit { stream, bytes }),
+        (command(), any::<u32>()).prop_map(|(stream, bytes)| HostFrame::StderrCredit { stream, bytes }),
+        (command(), 1u8..=64).prop_map(|(stream, signal)| HostFrame::Signal { stream, signal }),
+        call().prop_map(|stream| HostFrame::CallAccepted { stream }),
+        call().prop_map(|stream| HostFrame::CallRefused { stream }),
+        (call(), data()).prop_map(|(stream, bytes)| HostFrame::CallStdout { stream, bytes }),
+        (call(), data()).prop_map(|(stream, bytes)| HostFrame::CallStderr { stream, bytes }),
+        call().prop_map(|stream| HostFrame::CallStdoutEof { stream }),
+        call().prop_map(|stream| HostFrame::CallStderrEof { stream }),
+        (call(), any::<u32>()).prop_map(|(stream, bytes)| HostFrame::CallStdinCredit { stream, bytes }),
+        call().prop_map(|stream| HostFrame::CallStdinClosed { stream }),
+        (call(), exit()).prop_map(|(stream, exit)| HostFrame::CallExited { stream, exit }),
     ]
 }
 
@@ -80,12 +106,8 @@ fn op() -> impl Strategy<Value = Op> {
 fn guest_frame() -> impl Strategy<Value = GuestFrame> {
     let data = || vec(any::<u8>(), 1..2000);
     let text = || "[ -~\n]{0,60}";
-    let exit = prop_oneof![
-        any::<u8>().prop_map(Exit::Code),
-        (1u8..=64).prop_map(Exit::Signal),
-        any::<u32>().prop_map(Exit::NotFound),
-        any::<u32>().prop_map(Exit::NotExecutable),
-    ];
+    let target = "([a-z][a-z0-9-]{0,30}|@default|@dispvm(:[a-z]{1,9})?)";
+    let asked = (target, "[a-z][a-z.]{0,20}([+][a-z+_.-]{0,30})?");
     prop_oneof![
         (any::<u32>(), text(), text(), any::<[bool; 2]>()).prop_map(
             |(protocol, agent_version, kernel, [session, frozen])| {
@@ -93,19 +115,28 @@ fn guest_frame() -> impl Strategy<Value = GuestFrame> {
             }
         ),
         op().prop_map(GuestFrame::Done),
-        (any::<u32>(), option::of(op()), text(), any::<i32>(), text()).prop_map(
+        (0..CALL_STREAM, option::of(op()), text(), any::<i32>(), text()).prop_map(
             |(stream, op, step, errno, message)| {
                 GuestFrame::Failed { stream, failed: Failed { op, step, errno, message } }
             }
         ),
         any::<u64>().prop_map(GuestFrame::Pong),
-        (1u32.., data()).prop_map(|(stream, bytes)| GuestFrame::Stdout { stream, bytes }),
-        (1u32.., data()).prop_map(|(stream, bytes)| GuestFrame::Stderr { stream, bytes }),
-        (1u32..).prop_map(|stream| GuestFrame::StdoutEof { stream }),
-        (1u32..).prop_map(|stream| GuestFrame::StderrEof { stream }),
-        (1u32.., any::<u32>()).prop_map(|(stream, bytes)| GuestFrame::StdinCredit { stream, bytes }),
-        (1u32..).prop_map(|stream| GuestFrame::StdinClosed { stream }),
-        (1u32.., exit).prop_map(|(stream, exit)| GuestFrame::Exited { stream, exit }),
+        (command(), data()).prop_map(|(stream, bytes)| GuestFrame::Stdout { stream, bytes }),
+        (command(), data()).prop_map(|(stream, bytes)| GuestFrame::Stderr { stream, bytes }),
+        command().prop_map(|stream| GuestFrame::StdoutEof { stream }),
+        command().prop_map(|stream| GuestFrame::StderrEof { stream }),
+        (command(), any::<u32>()).prop_map(|(stream, bytes)| GuestFrame::StdinCredit { stream, bytes }),
+        command().prop_map(|stream| GuestFrame::StdinClosed { stream }),
+        (command(), exit()).prop_map(|(stream, exit)| GuestFrame::Exited { stream, exit }),
+        (call(), asked).prop_map(|(stream, (target, service))| {
+            let call = Call::parse(target.as_bytes(), service.as_bytes()).expect("well-formed");
+            GuestFrame::Call { stream, call }
+        }),
+        (call(), data()).prop_map(|(stream, bytes)| GuestFrame::CallStdin { stream, bytes }),
+        call().prop_map(|stream| GuestFrame::CallStdinEof { stream }),
+        (call(), any::<u32>()).prop_map(|(stream, bytes)| GuestFrame::CallStdoutCredit { stream, bytes }),
+        (call(), any::<u32>()).prop_map(|(stream, bytes)| GuestFrame::CallStderrCredit { stream, bytes }),
+        call().prop_map(|stream| GuestFrame::CallHangup { stream }),
     ]
 }
 
@@ -141,7 +172,9 @@ proptest! {
     }
 
     #[test]
-    fn no_payload_panics(host in 0u16..0x20, guest in 0x100u16..0x120, stream in 0u32..3, payload in vec(any::<u8>(), 0..300)) {
+    fn no_payload_panics(host in 0u16..0x30, guest in 0x100u16..0x130, number in 0u32..3, is_call in any::<bool>(),
+        payload in vec(any::<u8>(), 0..300)) {
+        let stream = if is_call { number | CALL_STREAM } else { number };
         let _ = HostFrame::parse(RawFrame { kind: host, stream, payload: payload.clone() });
         let _ = GuestFrame::parse(RawFrame { kind: guest, stream, payload });
     }
@@ -203,6 +236,54 @@ fn commands_outside_the_limits_are_refused_when_encoded() {
     assert!(refused(Exec::user(vec!["cat".to_string(), "x".repeat(65536)])));
     assert!(refused(Exec { env: vec![(b"A=B".to_vec(), vec![])], ..Exec::user(["cat"]) }));
     assert!(Exec::user([&b"cat"[..], b"\xff\xfe\n="]).validate().is_ok());
+}
+
+#[test]
+fn calls_and_commands_keep_to_their_own_streams() {
+    let host = |kind, stream| HostFrame::parse(RawFrame { kind, stream, payload: vec![] });
+    let guest = |kind, stream| GuestFrame::parse(RawFrame { kind, stream, payload: vec![] });
+    assert!(host(kind::CALL_ACCEPTED, CALL_STREAM).is_ok() && guest(kind::CALL_HANGUP, CALL_STREAM).is_ok());
+    for stream in [0, 1, CALL_STREAM - 1] {
+        assert!(host(kind::CALL_ACCEPTED, stream).is_err(), "{stream}");
+        assert!(guest(kind::CALL_HANGUP, stream).is_err(), "{stream}");
+    }
+    assert!(host(kind::STDIN_EOF, 1).is_ok() && host(kind::STDIN_EOF, CALL_STREAM).is_err());
+    assert!(guest(kind::STDOUT_EOF, 1).is_ok() && guest(kind::STDOUT_EOF, CALL_STREAM | 1).is_err());
+    let failed = GuestFrame::Failed {
+        stream: CALL_STREAM,
+        failed: Failed { op: None, step: String::new(), errno: 0, message: String::new() },
+    };
+    let mut bytes = Vec::new();
+    failed.encode(&mut bytes);
+    assert!(decode(&[&bytes]).expect("decodes").into_iter().all(|raw| GuestFrame::parse(raw).is_err()));
+}
+
+#[test]
+fn a_call_names_one_target_and_one_service() {
+    let parse = |payload: &[u8]| {
+        GuestFrame::parse(RawFrame { kind: kind::CALL, stream: CALL_STREAM, payload: payload.to_vec() })
+    };
+    let text = |payload: &[u8]| match parse(payload) {
+        Ok(GuestFrame::Call { call, .. }) => format!("{} {}", call.target, call.service),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(text(b"work\0qubes.OpenURL+x\0"), "work qubes.OpenURL+x");
+    assert_eq!(text(b"$dispvm\0qubes.VMShell\0"), "@dispvm qubes.VMShell");
+    assert_eq!(text(b"\0qubes.VMShell\0"), "@default qubes.VMShell");
+    let wrong = [
+        "",
+        "\0",
+        "work\0",
+        "work\0x",
+        "work\0x\0\0",
+        "work\0x\0y\0",
+        "w/k\0x\0",
+        "work\0../x\0",
+        "work\0\0",
+    ];
+    for payload in wrong {
+        assert!(parse(payload.as_bytes()).is_err(), "{payload:?}");
+    }
 }
 
 #[test]

@@ -87,6 +87,14 @@ impl Api {
     }
 }
 
+/// Starts the qube, if it does not run.
+pub fn start(api: &Api, qube: &str) -> Result<(), ApiError> {
+    match api.tell("admin.vm.Start", qube) {
+        Err(error) if is(&error, Kind::VmNotHalted) => Ok(()),
+        started => started,
+    }
+}
+
 /// Whether a qube in this state runs (QubesVM.is_running of the stock client).
 pub fn is_running(state: &str) -> bool {
     !matches!(state, "Halted" | "NA")

@@ -7,18 +7,21 @@
 //! Invariants:
 //! - a tool is a function of its arguments and of what the API answers; it keeps nothing;
 //! - one file per tool. What several need stands in `api` (calls, and what they answer), `names` (which qubes are meant),
-//!   `outcome` (how a tool ends) and `table`.
+//!   `outcome` (how a tool ends), `programs` (what they run) and `table`.
 
 mod api;
 mod create;
 mod features;
+mod files;
 mod firewall;
 mod kill;
+mod legacy;
 mod ls;
 mod names;
 mod outcome;
 mod pause;
 mod prefs;
+mod programs;
 mod remove;
 mod run;
 mod shutdown;
@@ -50,6 +53,10 @@ const TOOLS: &[Tool] = &[
     ("qvm-kill", |name, args| outcome::tool(name, args, kill::run)),
     ("qvm-pause", |name, args| outcome::tool(name, args, pause::pause)),
     ("qvm-unpause", |name, args| outcome::tool(name, args, pause::unpause)),
+    ("qvm-copy-to-vm", |name, args| outcome::tool(name, args, files::copy)),
+    ("qvm-move-to-vm", |name, args| outcome::tool(name, args, files::move_)),
+    ("qvm-create-default-dvm", |name, args| outcome::tool(name, args, legacy::create)),
+    ("qfile-daemon-dvm", |name, args| outcome::tool(name, args, legacy::daemon)),
 ];
 
 fn main() -> ExitCode {

@@ -12,7 +12,7 @@ use std::io::{self, IsTerminal, Write};
 use admin_api::ApiError;
 use clap::Parser;
 
-use crate::api::{is_running, Api, Common};
+use crate::api::{is_running, start, Api, Common};
 use crate::names;
 use crate::outcome::{quoted, Failure, Outcome, FAILED};
 use command::What;
@@ -189,7 +189,7 @@ enum Called {
 
 fn call(options: &Options, api: &Api, qube: &str, what: &What) -> Result<qrexec::Call, Called> {
     if !options.no_autostart {
-        qrexec::start(api, qube).map_err(Called::Api)?;
+        start(api, qube).map_err(Called::Api)?;
     }
     options.tell(what, qube);
     if !options.no_gui {

@@ -29,5 +29,8 @@ mod lobby;
 pub mod properties;
 pub mod server;
 pub mod settings;
+mod system_info;
 mod volumes;
 mod world;
+
+pub use system_info::system_info;

@@ -1,4 +1,4 @@
-//! qrexec calls on the host's side: into a guest that runs, by whoever holds it.
+//! qrexec calls on the host's side: into a guest that runs, by whoever holds it, and out of it.
 //!
 //! Who does what:
 //! - the **holder** of a guest ([`Exchange`]) has its agent's channel, and listens at the guest's *call socket*, ROOT/calls/NAME.sock. It carries the
@@ -7,6 +7,10 @@
 //!   From then on it has only to wait for the answer, how the command ended. If it hangs up, the command is ended;
 //! - what runs when a [`service`] is called, or a command line of qrexec's, is the same whoever calls;
 //! - of each command the holder has a [`command`](Command), whose streams ([`flow`]) go through descriptors ([`port`]) that never block it.
+//!
+//! And out of it ([`outgoing`]): for each call the holder starts `qrexec-policy-exec`, which asks the policy ([`decide`]), says what it has
+//! decided ([`verdict`]), and becomes what carries the call out ([`carry_out`]). So no text of a guest's is looked at in the holder but by the frame's
+//! parsing, and a call's exit status is that process's.
 //!
 //! Invariants:
 //! - a caller is root or our own user, and so is the folder's owner;
@@ -17,19 +21,24 @@
 //!
 //! [`Exchange`]: exchange::Exchange
 //! [`CALLS_MAX`]: exchange::CALLS_MAX
-//! [`GREETING_LIMIT`]: exchange::GREETING_LIMIT
+//! [`GREETING_LIMIT`]: reception::GREETING_LIMIT
 //! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
 //! [`command`]: command::Command
 //! [`Command`]: command::Command
 
+pub mod carry_out;
 pub mod client;
 mod command;
+pub mod decide;
 pub mod exchange;
 mod flow;
 pub mod message;
+pub mod outgoing;
 mod port;
 pub mod programs;
+pub mod reception;
 pub mod service;
+pub mod verdict;
 mod watch;
 
 pub use exchange::Exchange;

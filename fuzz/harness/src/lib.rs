@@ -9,6 +9,7 @@
 //! ordinary toolchain (`tests/replay.rs`). README.md in the folder above says how to run either, and how to add a target.
 
 pub mod admin;
+pub mod filecopy;
 mod files;
 pub mod policies;
 pub mod qemu;
@@ -58,6 +59,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "snapshot_store", run: xen::store },
     Target { name: "policy_file", run: policies::file },
     Target { name: "admin_request", run: admin::request },
+    Target { name: "filecopy", run: filecopy::transfer },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.

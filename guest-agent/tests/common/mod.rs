@@ -2,6 +2,8 @@
 
 #![allow(dead_code)]
 
+pub mod guest;
+
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -10,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use guest_agent::agent::Agent;
+use guest_agent::calls::Calls;
 use guest_agent::failure::Failure;
 use guest_agent::place::Place;
 use guest_agent::port::Port;
@@ -37,18 +40,23 @@ pub struct Output {
 impl Host {
     /// Starts an agent and takes its greeting.
     pub fn connect() -> Self {
+        Self::connect_to(Place::here(), Calls::default())
+    }
+
+    /// Starts an agent that runs commands there and takes these calls.
+    pub fn connect_to(place: Place, calls: Calls) -> Self {
         let (socket, theirs) = UnixStream::pair().expect("socketpair");
         theirs.set_nonblocking(true).expect("nonblocking");
         socket.set_read_timeout(Some(PATIENCE)).expect("timeout");
         let agent = std::thread::spawn(move || {
             let freezer = Err(Failure::ours("freeze", 0, "not in tests"));
             let port = Port::over_socket(OwnedFd::from(theirs));
-            Agent::new(port, Place::here(), true, freezer).run().expect("serves");
+            Agent::new(port, place, true, freezer, calls).run().expect("serves");
         });
         let mut host = Self { socket, decoder: Decoder::new(), heard: VecDeque::new(), agent: Some(agent) };
         let hello = host.hear();
         assert!(
-            matches!(&hello, GuestFrame::Hello(hello) if hello.protocol == 1 && hello.session),
+            matches!(&hello, GuestFrame::Hello(hello) if hello.protocol == qrexec::PROTOCOL && hello.session),
             "{hello:?}"
         );
         host

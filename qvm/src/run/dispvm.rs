@@ -2,27 +2,22 @@
 
 use std::io::{self, IsTerminal};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 
 use super::command::What;
 use super::filter::copy;
-use super::qrexec::status_of;
 use super::Options;
 use crate::outcome::{Failure, Outcome, FAILED};
-
-const LAUNCHER: &str = "dispvm-launch";
+use crate::programs::{not_started, own, status_of, LAUNCHER};
 
 /// Runs it, in a disposable of `dvm`, or of the default one if that is empty.
 pub fn run(options: &Options, dvm: &str, what: &What) -> Outcome {
-    if options.user.is_some() {
-        return Err(Failure::Usage(
-            "--user is not possible with --dispvm: it is the disposable's own user".into(),
-        ));
-    }
     options.tell(what, &if dvm.is_empty() { "@dispvm".to_owned() } else { format!("@dispvm:{dvm}") });
-    let mut command = Command::new(launcher());
+    let mut command = own(LAUNCHER);
+    if let Some(user) = &options.user {
+        command.args(["--user", user]);
+    }
     if !dvm.is_empty() {
         command.args(["--dvm", dvm]);
     }
@@ -43,7 +38,10 @@ pub fn run(options: &Options, dvm: &str, what: &What) -> Outcome {
         command.stdin(Stdio::null()).stdout(Stdio::null());
     }
     match filters {
-        Filters { stdout: false, stderr: false } if !options.is_marked() => Err(not_started(command.exec())),
+        Filters { stdout: false, stderr: false } if !options.is_marked() => {
+            let error = command.exec();
+            Err(not_started(&command, &error))
+        }
         filters => filter(command, filters),
     }
 }
@@ -63,19 +61,13 @@ fn filter(mut launcher: Command, filters: Filters) -> Outcome {
     if filters.stderr {
         launcher.stderr(Stdio::piped());
     }
-    let mut launched = launcher.spawn().map_err(not_started)?;
+    let mut launched = launcher.spawn().map_err(|error| not_started(&launcher, &error))?;
     let (out, err) = (launched.stdout.take(), launched.stderr.take());
     thread::scope(|scope| {
         scope.spawn(|| out.map(|out| copy(out, io::stdout())));
         err.map(|err| copy(err, io::stderr()));
     });
-    launched.wait().map(status_of).map_err(not_started)
-}
-
-/// Beside this program, or wherever PATH has it.
-fn launcher() -> PathBuf {
-    let beside = std::env::current_exe().ok().map(|own| own.with_file_name(LAUNCHER));
-    beside.filter(|path| path.exists()).unwrap_or_else(|| LAUNCHER.into())
+    launched.wait().map(status_of).map_err(|error| not_started(&launcher, &error))
 }
 
 /// Connects what runs in the disposable with a program here, each one's output being the other's input.
@@ -83,9 +75,10 @@ fn connect(mut launcher: Command, local: &str, filters: &Filters) -> Outcome {
     if filters.stderr {
         launcher.stderr(Stdio::piped());
     }
-    let mut launched = launcher.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(not_started)?;
+    launcher.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut launched = launcher.spawn().map_err(|error| not_started(&launcher, &error))?;
     let (Some(input), Some(output)) = (launched.stdin.take(), launched.stdout.take()) else {
-        return Err(not_started(io::Error::other("it has no pipes")));
+        return Err(not_started(&launcher, &io::Error::other("it has no pipes")));
     };
     let local = Command::new("sh").args(["-c", local]).stdin(output).stdout(input).spawn();
     let failed = |step| move |error| Failure::Runtime(format!("cannot {step}: {error}"), FAILED);
@@ -96,8 +89,4 @@ fn connect(mut launcher: Command, local: &str, filters: &Filters) -> Outcome {
     let status = launched.wait().map_err(failed("wait for dispvm-launch"))?;
     local.wait().map_err(failed("wait for the --localcmd"))?;
     Ok(status_of(status))
-}
-
-fn not_started(error: io::Error) -> Failure {
-    Failure::Runtime(format!("cannot run {LAUNCHER}: {error}. It belongs beside qvm, or into PATH"), FAILED)
 }

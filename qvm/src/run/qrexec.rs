@@ -2,9 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Stdio};
 use std::thread;
 
 use admin_api::lines::Property;
@@ -14,11 +12,7 @@ use super::command::{shell_quoted, What};
 use super::Options;
 use crate::api::{is, Api};
 use crate::outcome::{Failure, Outcome, FAILED};
-
-/// Where the stock client looks for it.
-const QREXEC_CLIENT: &str = "/usr/lib/qubes/qrexec-client";
-/// Who runs it unless the user says so: the qube's default user.
-const DEFAULT_USER: &str = "DEFAULT";
+use crate::programs::{self, not_started, status_of, DEFAULT_USER};
 
 impl Api {
     /// Whether the qube's agents know qubes.VMExec.
@@ -30,27 +24,16 @@ impl Api {
     }
 }
 
-/// Starts the qube, if it does not run.
-pub fn start(api: &Api, qube: &str) -> Result<(), ApiError> {
-    match api.tell("admin.vm.Start", qube) {
-        Err(error) if is(&error, Kind::VmNotHalted) => Ok(()),
-        started => started,
-    }
-}
-
 /// Waits for the session of the qube's user. That it fails is no reason not to go on, as with the stock client.
 pub fn wait_for_session(api: &Api, qube: &str) -> Outcome<()> {
     let answer = api.text("admin.vm.property.Get", qube, "default_user")?;
     let user = Property::decode(&answer).map_err(ApiError::from)?.value;
-    let mut command = client(qube, &[], &request(DEFAULT_USER, "qubes.WaitForSession"));
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(not_started)?;
+    let no_flags: [&str; 0] = [];
+    let mut command = programs::service(qube, &no_flags, DEFAULT_USER, "qubes.WaitForSession");
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().map_err(|error| not_started(&command, &error))?;
     feed(child.stdin.take(), user.as_bytes());
-    child.wait().map_err(not_started)?;
+    child.wait().map_err(|error| not_started(&command, &error))?;
     Ok(())
 }
 
@@ -60,7 +43,8 @@ pub struct Call(Child);
 impl Call {
     /// Waits for its end; its exit status.
     pub fn wait(mut self) -> Outcome {
-        self.0.wait().map(status_of).map_err(not_started)
+        let failed = |error| Failure::Runtime(format!("cannot wait for qrexec-client: {error}"), FAILED);
+        self.0.wait().map(status_of).map_err(failed)
     }
 }
 
@@ -89,7 +73,7 @@ pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Out
         flags.push("-e".into());
     }
     let user = options.user.as_deref().unwrap_or(DEFAULT_USER);
-    let mut command = client(qube, &flags, &request(user, &service));
+    let mut command = programs::service(qube, &flags, user, &service);
     if !options.pass_io {
         command.stdout(Stdio::null()).stderr(Stdio::null());
     }
@@ -98,7 +82,7 @@ pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Out
         (None, true) => command.stdin(Stdio::inherit()),
         _ => command.stdin(Stdio::piped()),
     };
-    let mut child = command.spawn().map_err(not_started)?;
+    let mut child = command.spawn().map_err(|error| not_started(&command, &error))?;
     let line = line.filter(|_| options.localcmd.is_none()).map(|line| line + "\n").unwrap_or_default();
     let input = child.stdin.take();
     match passes_input {
@@ -106,24 +90,6 @@ pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Out
         false => feed(input, line.as_bytes()),
     }
     Ok(Call(child))
-}
-
-fn client(qube: &str, flags: &[OsString], request: &str) -> Command {
-    let named = std::env::var_os("DISPVM_QREXEC_CLIENT").filter(|path| !path.is_empty());
-    let path = named.map(PathBuf::from).or_else(beside).unwrap_or_else(|| QREXEC_CLIENT.into());
-    let mut command = Command::new(path);
-    command.args(["-d", qube]).args(flags).arg(request);
-    command
-}
-
-/// Ours, where it stands beside this program.
-fn beside() -> Option<PathBuf> {
-    let own = std::env::current_exe().ok()?;
-    Some(own.parent()?.join("qrexec-client")).filter(|path| path.is_file())
-}
-
-fn request(user: &str, service: &str) -> String {
-    format!("{user}:QUBESRPC {service} dom0")
 }
 
 /// Gives all of its input. Who does not read it has ended, and how is told by the exit status.
@@ -137,17 +103,4 @@ fn pass_on(input: Option<ChildStdin>, line: String) {
     thread::spawn(move || {
         let _ = input.write_all(line.as_bytes()).and_then(|()| io::copy(&mut io::stdin().lock(), &mut input));
     });
-}
-
-/// The status of a shell for it.
-pub fn status_of(status: ExitStatus) -> u8 {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(FAILED)
-}
-
-fn not_started(error: io::Error) -> Failure {
-    let message = format!(
-        "cannot run qrexec-client: {error}. Hint: DISPVM_QREXEC_CLIENT names another than {QREXEC_CLIENT}"
-    );
-    Failure::Runtime(message, FAILED)
 }

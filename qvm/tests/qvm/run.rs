@@ -11,32 +11,38 @@ use crate::server::{Ended, Server};
 /// Stands for what qvm-run calls: it tells how.
 const ECHO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/qvm/echo.sh");
 
-struct Rig {
-    server: Server,
+pub struct Rig {
+    pub server: Server,
+    tool: &'static str,
     /// Where the tool stands: with the binary on one file system, and with nothing beside it that does not belong to the test.
     bin: tempfile::TempDir,
     log: PathBuf,
 }
 
 impl Rig {
-    fn new(table: &[(&str, &str)]) -> Rig {
+    pub fn new(table: &[(&str, &str)]) -> Rig {
+        Rig::of("qvm-run", table)
+    }
+
+    /// The same for another tool.
+    pub fn of(tool: &'static str, table: &[(&str, &str)]) -> Rig {
         let server = Server::new(table);
         let folder = server.folder.path();
-        for name in ["dispvm-launch", "qrexec-client"] {
+        for name in ["dispvm-launch", "dispvm-savefile", "qrexec-client"] {
             symlink(ECHO, folder.join(name)).unwrap();
         }
         let bin = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        fs::hard_link(env!("CARGO_BIN_EXE_qvm"), bin.path().join("qvm-run")).unwrap();
-        Rig { log: folder.join("log"), bin, server }
+        fs::hard_link(env!("CARGO_BIN_EXE_qvm"), bin.path().join(tool)).unwrap();
+        Rig { log: folder.join("log"), bin, server, tool }
     }
 
-    fn folder(&self) -> &Path {
+    pub fn folder(&self) -> &Path {
         self.server.folder.path()
     }
 
-    fn run(&self, args: &[&str], input: &str) -> Ended {
+    pub fn run(&self, args: &[&str], input: &str) -> Ended {
         let path = format!("{}:{}", self.folder().display(), std::env::var("PATH").unwrap());
-        let mut command = Command::new(self.bin.path().join("qvm-run"));
+        let mut command = Command::new(self.bin.path().join(self.tool));
         command.args(args).env("PATH", path).env("LOG", &self.log);
         command.env("DISPVM_API_SOCKET", self.folder().join("api.sock"));
         command.env("DISPVM_QREXEC_CLIENT", self.folder().join("qrexec-client"));
@@ -47,7 +53,7 @@ impl Rig {
     }
 
     /// What was called since the last time.
-    fn called(&self) -> String {
+    pub fn called(&self) -> String {
         let called = fs::read_to_string(&self.log).unwrap_or_default();
         let _ = fs::remove_file(&self.log);
         called
@@ -64,8 +70,7 @@ fn f6_a_service_or_a_command_runs_in_a_disposable_with_its_streams_and_status() 
     rig.run(&["-p", "--dispvm", "xterm"], "").is(7, "[--][sh][-c][xterm]\n");
     rig.run(&["-p", "--dispvm", "--", "ls", "-l", "a b"], "").is(7, "[--][ls][-l][a b]\n");
     rig.run(&["--dispvm=debian-dvm"], "").fails(2, "qvm-run: error: a command is required");
-    rig.run(&["--dispvm", "-u", "root", "--", "id"], "")
-        .fails(2, "qvm-run: error: --user is not possible with --dispvm: it is the disposable's own user");
+    rig.run(&["--dispvm", "-p", "-u", "root", "--", "id"], "").is(7, "[--user][root][--][sh][-c][id]\n");
 }
 
 #[test]
