@@ -4,7 +4,7 @@
 //! - **records**: `settings` (what is set by hand, one file a qube and one for the system) beside the qubes' own ([`crate::qube`]);
 //! - **reading**: `world` (the qubes of one moment), `properties` (what each class has, and what holds where nothing is set),
 //!   `features`, `firewall`, `volumes`;
-//! - **changing**: `change` (properties), `features`, `lives` (create, remove, kill);
+//! - **changing**: `change` (properties), `features`, `create`, `lives` (remove, start, end);
 //! - **serving**: `api` (method by method), `events`, [`server`] (the socket).
 //!
 //! Invariants:
@@ -20,6 +20,7 @@
 mod answer;
 mod api;
 mod change;
+mod create;
 mod events;
 mod features;
 mod firewall;

@@ -208,17 +208,13 @@ impl Server {
         if request.method == "admin.Events" {
             return self.tell_events(stream, &request);
         }
-        match api::call(&self.context, &request) {
-            Ok(data) => {
-                // Whoever has made or removed a qube hears of it before the next look.
-                if matches!(
-                    request.method.as_str(),
-                    "admin.vm.Create.AppVM" | "admin.vm.Remove" | "admin.vm.Kill"
-                ) {
-                    self.look();
-                }
-                stream.write_all(&Reply::Ok(data).encode())
-            }
+        let answer = api::call(&self.context, &request);
+        // Whoever has made, started or ended a qube, or has tried to, hears of it before the next look.
+        if api::makes_or_ends(&request.method) {
+            self.look();
+        }
+        match answer {
+            Ok(data) => stream.write_all(&Reply::Ok(data).encode()),
             Err(refusal) => refuse(stream, &request, refusal),
         }
     }

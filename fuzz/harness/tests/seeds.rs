@@ -128,6 +128,16 @@ fn write_streams() {
     ];
     keep("guest_stream", "build", stream(1, &said(&build)));
     keep("guest_stream", "launch", stream(2, &said(&launch)));
+    let call = CALL_STREAM | 7;
+    let calls = [
+        GuestFrame::Call { stream: call, call: Call::parse(b"@dispvm", b"qubes.OpenURL+x").unwrap() },
+        GuestFrame::CallStdin { stream: call, bytes: b"abc".to_vec() },
+        GuestFrame::CallStdinEof { stream: call },
+        GuestFrame::CallStdoutCredit { stream: call, bytes: 65536 },
+        GuestFrame::CallStderrCredit { stream: call, bytes: 65536 },
+        GuestFrame::CallHangup { stream: call },
+    ];
+    keep("guest_stream", "calls", stream(4, &said(&calls)));
     keep("guest_stream", "failed", stream(3, &said(&[GuestFrame::Failed { stream: 1, failed }])));
 
     let network = Network {
@@ -177,7 +187,19 @@ fn write_streams() {
         HostFrame::StderrCredit { stream: 1, bytes: 65536 },
         HostFrame::Signal { stream: 1, signal: 15 },
     ];
-    for (name, frames) in [("build", &build[..]), ("launch", &launch), ("session", &session)] {
+    let calls = [
+        HostFrame::CallAccepted { stream: call },
+        HostFrame::CallStdout { stream: call, bytes: b"abc".to_vec() },
+        HostFrame::CallStderr { stream: call, bytes: b"abc".to_vec() },
+        HostFrame::CallStdoutEof { stream: call },
+        HostFrame::CallStderrEof { stream: call },
+        HostFrame::CallStdinCredit { stream: call, bytes: 65536 },
+        HostFrame::CallStdinClosed { stream: call },
+        HostFrame::CallExited { stream: call, exit: Exit::Code(7) },
+        HostFrame::CallRefused { stream: call | 1 },
+    ];
+    let streams = [("build", &build[..]), ("launch", &launch), ("session", &session), ("calls", &calls)];
+    for (name, frames) in streams {
         keep("host_stream", name, stream(5, &asked(frames)));
     }
 }

@@ -1,0 +1,172 @@
+//! The calling programs, as their users meet them.
+
+mod common;
+
+use std::io::Write;
+use std::process::Stdio;
+
+use common::guest::{status, text, Guest};
+use qrexec::{Exit, GuestFrame, HostFrame};
+
+#[test]
+fn refused_calls_end_with_126_and_failed_ones_with_125() {
+    let mut guest = Guest::new();
+    let caller = guest.call(&["work", "svc"]);
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallRefused { stream });
+    let output = caller.wait_with_output().expect("ends");
+    assert_eq!((status(&output), text(&output.stderr)), (Some(126), "Request refused\n"));
+
+    let caller = guest.call(&["work", "svc"]);
+    let (next, ..) = guest.hear_call();
+    assert_ne!(next, stream, "a stream is used once");
+    guest.exit(next, 125);
+    assert_eq!(status(&caller.wait_with_output().expect("ends")), Some(125));
+
+    let caller = guest.call(&["work", "svc"]);
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    guest.host.say(HostFrame::CallExited { stream, exit: Exit::NotFound(2) });
+    assert_eq!(status(&caller.wait_with_output().expect("ends")), Some(127));
+
+    for wrong in [["w/rk", "svc"], ["work", "../svc"]] {
+        let output = guest.call(&wrong).wait_with_output().expect("ends");
+        assert_eq!(status(&output), Some(125), "{}", text(&output.stderr));
+    }
+    guest.host.hang_up();
+}
+
+#[test]
+fn a_local_program_has_the_services_streams() {
+    let mut guest = Guest::new();
+    // It hears the service, answers it, and speaks to the caller's own stdout.
+    let script =
+        "read word; echo \"heard $word\"; eval \"echo of our own >&$SAVED_FD_1\"; exec >&-; cat; exit 5";
+    let caller = guest.call(&["work", "svc", "/bin/sh", "-c", script]);
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    guest.host.say(HostFrame::CallStdout { stream, bytes: b"hello\n".to_vec() });
+    let heard = guest.host.hear();
+    assert_eq!(heard, GuestFrame::CallStdin { stream, bytes: b"heard hello\n".to_vec() });
+    assert_eq!(guest.host.hear(), GuestFrame::CallStdinEof { stream });
+    guest.host.say(HostFrame::CallStdoutEof { stream });
+    guest.exit(stream, 0);
+    let output = caller.wait_with_output().expect("ends");
+    assert_eq!((status(&output), text(&output.stdout)), (Some(5), "of our own\n"));
+    guest.host.hang_up();
+}
+
+#[test]
+fn f5_qvm_run_runs_a_command_in_a_disposable() {
+    for name in ["qvm-run", "qvm-run-vm"] {
+        let mut guest = Guest::new();
+        let caller = guest.tool(name).args(["$dispvm", "echo", "it's me"]).spawn().expect("starts");
+        let (stream, target, service) = guest.hear_call();
+        assert_eq!(target, "@dispvm");
+        let argument = service.strip_prefix("qubes.VMExec+").expect("by VMExec");
+        let argv = qrexec::vmexec::decode(argument.as_bytes()).expect("decodes");
+        assert_eq!(argv, [&b"/bin/sh"[..], b"-c", b"echo it's me"]);
+        guest.host.say(HostFrame::CallAccepted { stream });
+        guest.host.say(HostFrame::CallStdout { stream, bytes: b"it\x1bs\n".to_vec() });
+        guest.exit(stream, 3);
+        let output = caller.wait_with_output().expect("ends");
+        assert_eq!(
+            (status(&output), output.stdout),
+            (Some(3), b"it\x1bs\n".to_vec()),
+            "a pipe is not filtered"
+        );
+        guest.host.hang_up();
+    }
+}
+
+#[test]
+fn a_caller_whose_reader_is_gone_hangs_up() {
+    let mut guest = Guest::new();
+    let mut caller = guest.call(&["work", "yes"]);
+    drop(caller.stdout.take());
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    guest.host.say(HostFrame::CallStdout { stream, bytes: vec![b'y'; 65536] });
+    assert_eq!(status(&caller.wait_with_output().expect("ends")), Some(128 + libc::SIGPIPE));
+    loop {
+        match guest.host.hear() {
+            GuestFrame::CallHangup { .. } => break,
+            GuestFrame::CallStdinEof { .. } | GuestFrame::CallStdoutCredit { .. } => {}
+            other => panic!("unexpected: {other:?}"),
+        }
+    }
+    guest.host.hang_up();
+}
+
+#[test]
+fn what_a_service_says_is_filtered_when_asked_for_and_a_prefix_goes_first() {
+    let mut guest = Guest::new();
+    let mut caller = guest.call(&["-t", "-T", "--prefix-data=begin ", "work", "svc"]);
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    let mut heard = Vec::new();
+    caller.stdin.take().expect("piped").write_all(b"end").expect("writes");
+    loop {
+        match guest.host.hear() {
+            GuestFrame::CallStdin { bytes, .. } => heard.extend(bytes),
+            GuestFrame::CallStdinEof { .. } => break,
+            other => panic!("unexpected: {other:?}"),
+        }
+    }
+    assert_eq!(text(&heard), "begin end");
+    guest.host.say(HostFrame::CallStdout { stream, bytes: b"\x1b[2J\xc3\xa4\n".to_vec() });
+    guest.host.say(HostFrame::CallStderr { stream, bytes: b"\x1b]0;x\x07".to_vec() });
+    guest.exit(stream, 0);
+    let output = caller.wait_with_output().expect("ends");
+    assert_eq!((text(&output.stdout), text(&output.stderr)), ("_[2J__\n", "_]0;x\x07"));
+    guest.host.hang_up();
+}
+
+#[test]
+fn the_service_decides_when_a_call_is_over() {
+    let mut guest = Guest::new();
+    // Its own stdin never ends.
+    let (keep, theirs) = std::os::unix::net::UnixStream::pair().expect("socketpair");
+    let mut command = guest.tool("qrexec-client-vm");
+    let caller = command.args(["work", "svc"]).stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)));
+    let caller = caller.spawn().expect("starts");
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    guest.host.say(HostFrame::CallStdoutEof { stream });
+    guest.exit(stream, 4);
+    assert_eq!(status(&caller.wait_with_output().expect("ends")), Some(4));
+    drop(keep);
+    guest.host.hang_up();
+}
+
+#[test]
+fn a_local_program_that_is_not_there_ends_the_call() {
+    let mut guest = Guest::new();
+    let caller = guest.call(&["work", "svc", "/no/such/program"]);
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallAccepted { stream });
+    let output = caller.wait_with_output().expect("ends");
+    assert_eq!(status(&output), Some(125));
+    assert!(text(&output.stderr).contains("cannot run /no/such/program"), "{}", text(&output.stderr));
+    loop {
+        match guest.host.hear() {
+            GuestFrame::CallHangup { .. } => break,
+            GuestFrame::CallStdinEof { .. } => {}
+            other => panic!("unexpected: {other:?}"),
+        }
+    }
+    guest.host.hang_up();
+}
+
+#[test]
+fn without_an_agent_a_caller_is_told_where_it_was_looked_for() {
+    let guest = Guest::new();
+    std::fs::remove_file(guest.socket()).expect("removes");
+    let output = guest.call(&["work", "svc"]).wait_with_output().expect("ends");
+    assert_eq!(status(&output), Some(125));
+    assert!(text(&output.stderr).contains("agent at /"), "{}", text(&output.stderr));
+    let output = guest.tool("qvm-run").arg("work").output().expect("ends");
+    assert_eq!(status(&output), Some(2));
+    assert!(text(&output.stderr).starts_with("usage: "), "{}", text(&output.stderr));
+    guest.host.hang_up();
+}
