@@ -6,7 +6,7 @@
 //!
 //! Files in reading order: `main` (the two lives: the session's and the agent's), `session`, `place`, `account` and `services` (where
 //! commands run, and what), `cgroup` (the freezer), `port` (the byte stream to the host), `agent` (the loop), `commands`, `command`, `flow`, `outbox` (what runs), `calls` (what programs here want of others), `errand` (prerun and
-//! rehearsal), `identity`, `power`, `tools` (the programs that call), `sys` (all unsafe code).
+//! rehearsal), `identity`, `power`, `tools` and `files` (the programs that call), `sys` (all unsafe code).
 
 #[cfg(not(all(target_arch = "x86_64", target_pointer_width = "64")))]
 compile_error!("sys.rs starts processes by x86-64 assembly, and its structures are those of 64-bit kernels");
@@ -19,6 +19,7 @@ mod command;
 mod commands;
 mod errand;
 pub mod failure;
+pub mod files;
 mod flow;
 mod identity;
 mod outbox;

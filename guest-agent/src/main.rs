@@ -1,5 +1,6 @@
 //! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user; `dispvm-agent vmexec
-//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`. Started as one of `tools`, it is that.
+//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`, and `dispvm-agent filecopy-receive ARGUMENT`
+//! takes files, for `qubes.Filecopy`. Started as one of `tools` or `files`, it is that.
 
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -15,11 +16,11 @@ use guest_agent::failure::{Failure, Step};
 use guest_agent::place::Place;
 use guest_agent::port::{Port, Site};
 use guest_agent::session::{self, Session};
-use guest_agent::{sys, tools};
+use guest_agent::{files, sys, tools};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
-    let tool = args.next().and_then(|program| tools::named(&program));
+    let tool = args.next().and_then(|program| tools::named(&program).or_else(|| files::named(&program)));
     let args: Vec<_> = args.collect();
     if let Some(tool) = tool {
         return tool(args);
@@ -28,8 +29,9 @@ fn main() -> ExitCode {
         [] => serve(),
         [word] if word == "session" => session::run().map(|never| match never {}),
         [word, argument] if word == "vmexec" => return become_command(argument),
+        [word, argument] if word == "filecopy-receive" => return files::receive_files(argument),
         _ => {
-            eprintln!("usage: dispvm-agent [session | vmexec ARGUMENT]");
+            eprintln!("usage: dispvm-agent [session | vmexec ARGUMENT | filecopy-receive ARGUMENT]");
             return ExitCode::from(2);
         }
     };
