@@ -5,7 +5,7 @@ die() { echo "error: $*" >&2; exit 1; }
 
 release=$1 out=$2
 mkdir -p "$out"
-for name in dispvm-savefile dispvm-launch dispvm-qube dispvmd qvm qrexec-policy; do
+for name in dispvm-savefile dispvm-launch dispvm-qube dispvmd qvm qrexec-policy qrexec-client qrexec-policy-exec; do
     needs=$(readelf -W -l -d "$release/$name" | grep -E 'INTERP|NEEDED' || true)
     [[ -z $needs ]] || die "$release/$name is not static: $needs"
     cmp -s "$release/$name" "$out/$name" && continue

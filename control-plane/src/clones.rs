@@ -4,8 +4,7 @@
 //! nothing else to clean up after a killed keeper, for its clone's processes die with it and its files have no names.
 
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,9 +12,11 @@ use engine::identity::CloneNumber;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::names;
+use crate::qube;
 use crate::state::{self, State};
+use crate::templates;
 
 /// What is known of a living clone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +38,41 @@ pub struct CloneRecord {
     /// Its label, where that is not the DVM template's.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub label: Option<String>,
+    /// The qube with a record of its own that runs here. `dvm` is then what it is made from: a disposable's DVM template, else itself.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub qube: Option<String>,
+    /// Whether its programs run.
+    #[serde(default)]
+    pub power: Power,
+}
+
+/// Whether a clone's programs run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Power {
+    /// It is being started.
+    Starting,
+    /// They do.
+    #[default]
+    Running,
+    /// Its CPUs are stopped.
+    Paused,
+}
+
+/// What a clone is to be.
+pub struct Claim<'a> {
+    /// The DVM template.
+    pub dvm: &'a str,
+    /// The savefile's root hash, empty before a cold boot.
+    pub root_hash: &'a str,
+    /// The template and its generation.
+    pub template: (String, u64),
+    /// What keeps it.
+    pub keeping: Keeping,
+    /// Another label than the DVM template's.
+    pub label: Option<&'a str>,
+    /// The qube with a record of its own that it is.
+    pub qube: Option<&'a str>,
 }
 
 /// What keeps a clone.
@@ -47,6 +83,8 @@ pub enum Keeping {
     Launcher,
     /// A keeper of `dispvmd`'s, which answers to SIGUSR1.
     Keeper,
+    /// The runner of a qube with a record of its own ([`crate::run`]).
+    Runner,
 }
 
 /// A name and its record, held as long as the clone lives. Dropping it removes the record and sends the name to rest.
@@ -56,7 +94,10 @@ pub struct Lease {
     path: PathBuf,
     /// Whether the name goes to rest when the clone ends.
     rests: bool,
-    _lock: Flock<File>,
+    record: Box<CloneRecord>,
+    /// The record's bytes on the disk, which it always has.
+    room: usize,
+    lock: Flock<File>,
 }
 
 impl Lease {
@@ -69,33 +110,61 @@ impl Lease {
         keeping: Keeping,
         label: Option<&str>,
     ) -> Result<Lease> {
+        Lease::claim(state, Claim { dvm, root_hash, template, keeping, label, qube: None })
+    }
+
+    /// Takes a name for a clone and writes its record. A disposable whose record has a clone's name keeps that.
+    pub fn claim(state: &State, claim: Claim<'_>) -> Result<Lease> {
+        let own = claim.qube.and_then(number_of);
         loop {
-            let number = names::take(state, |number| {
-                is_alive(&state.clones().join(number.to_string())).unwrap_or(true)
-            })?;
+            let number = match own {
+                Some(number) => number,
+                None => names::take(state, |number| is_taken(state, number))?,
+            };
             let path = state.clones().join(number.to_string());
-            let Some(mut lock) = state::try_lock(&path)? else { continue };
+            let Some(lock) = state::try_lock(&path)? else {
+                match own {
+                    None => continue,
+                    Some(_) => return Err(Error::new(Kind::Refused, format!("{number} is running"))),
+                }
+            };
             // A sweep may have removed the file between its opening and its locking.
             let same =
                 fs::metadata(&path).ok().zip(lock.metadata().ok()).is_some_and(|(a, b)| a.ino() == b.ino());
             if !same {
                 continue;
             }
-            let label = label.map(str::to_owned);
-            let record = CloneRecord {
+            let record = Box::new(CloneRecord {
                 name: number.to_string(),
-                dvm: dvm.to_owned(),
-                root_hash: root_hash.to_owned(),
-                template,
+                dvm: claim.dvm.to_owned(),
+                root_hash: claim.root_hash.to_owned(),
+                template: claim.template.clone(),
                 pid: std::process::id(),
-                keeping,
+                keeping: claim.keeping,
                 started: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-                label,
-            };
-            let bytes = serde_json::to_vec(&record).map_err(Error::failed("write the clone's record"))?;
-            lock.write_all(&bytes).map_err(Error::io("write", &path))?;
-            return Ok(Lease { state: state.clone(), number, path, rests: true, _lock: lock });
+                label: claim.label.map(str::to_owned),
+                qube: claim.qube.map(str::to_owned),
+                power: if claim.qube.is_some() { Power::Starting } else { Power::Running },
+            });
+            let mut lease = Lease { state: state.clone(), number, path, rests: true, record, room: 0, lock };
+            lease.write()?;
+            return Ok(lease);
         }
+    }
+
+    /// Notes whether its programs run.
+    pub fn tell(&mut self, power: Power) -> Result<()> {
+        self.record.power = power;
+        self.write()
+    }
+
+    /// In one piece and never shorter than before, so that who reads meanwhile finds a whole record, the old one or the new.
+    fn write(&mut self) -> Result<()> {
+        let mut bytes =
+            serde_json::to_vec(&self.record).map_err(Error::failed("write the clone's record"))?;
+        bytes.resize(bytes.len().max(self.room), b' ');
+        self.room = bytes.len();
+        self.lock.write_all_at(&bytes, 0).map_err(Error::io("write", &self.path))
     }
 
     /// Says that the clone was nobody's: its name need not rest, or spares that nobody gets would use them up.
@@ -112,7 +181,8 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         // A holder that was killed has left its socket.
-        let _ = fs::remove_file(self.state.call_socket(&self.number.to_string()));
+        let name = self.record.qube.as_ref().unwrap_or(&self.record.name);
+        let _ = fs::remove_file(self.state.call_socket(name));
         let _ = fs::remove_file(&self.path);
         let _ = match self.rests {
             true => names::give_back(&self.state, self.number),
@@ -151,20 +221,42 @@ pub fn sweep(state: &State) -> Result<()> {
     let folder = state.clones();
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        let number = path.file_name().and_then(|name| name.to_str()?.strip_prefix("disp")?.parse().ok());
+        let number = path.file_name().and_then(|name| number_of(name.to_str()?));
         if let Ok(Some(lock)) = lock_existing(&path, FlockArg::LockExclusiveNonblock) {
-            if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
-                let _ = fs::remove_file(state.call_socket(name));
+            let record =
+                fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<CloneRecord>(&bytes).ok());
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            let socket = record.as_ref().and_then(|record| record.qube.clone()).or(name).unwrap_or_default();
+            if qube::check_name(&socket).is_ok() {
+                let _ = fs::remove_file(state.call_socket(&socket));
             }
             let _ = fs::remove_file(&path);
             // Its seven days begin now, as far as anybody can tell.
-            if let Some(number) = number.and_then(CloneNumber::new) {
+            if let Some(number) = number {
                 names::give_back(state, number)?;
+            }
+            if let Some(qube) = record.and_then(|record| record.qube) {
+                if let Err(error) = templates::remove_ended(state, &qube) {
+                    tracing::warn!("cannot remove the record of {qube}, which has ended: {error}");
+                }
             }
             drop(lock);
         }
     }
     Ok(())
+}
+
+/// The number in a clone's name, if it is one.
+pub fn number_of(name: &str) -> Option<CloneNumber> {
+    let digits =
+        name.strip_prefix("disp").filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))?;
+    CloneNumber::new(digits.parse().ok()?).filter(|number| number.to_string() == name)
+}
+
+/// Whether a clone lives under this number, or a disposable has it in its record.
+pub fn is_taken(state: &State, number: CloneNumber) -> bool {
+    let name = number.to_string();
+    state.qube(&name).exists() || is_alive(&state.clones().join(name)).unwrap_or(true)
 }
 
 /// Whether the record's keeper holds its lock. Asked with a shared lock, so that those who ask do not see each other.

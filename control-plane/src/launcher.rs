@@ -5,9 +5,8 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use engine::close;
-use engine::host::{Domain, Host, HostError};
+use engine::host::Domain;
 use engine::identity::{CloneNumber, Identity};
-use engine::image::hot::HotFiles;
 use engine::launch::{self, Clone, LaunchError};
 use engine::timeline::Timeline;
 use nix::sys::signal::Signal;
@@ -22,8 +21,9 @@ use crate::daemon::client::{Found, HandedOut, Lifeline};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::Guest;
 use crate::machine::{self, Machine};
+use crate::make::{launch_error, Connect, Maker, Rebuild};
 use crate::output::error_text;
-use crate::savefiles::{self, Readiness};
+use crate::run::noted::Noted;
 use crate::session::{Attended, Caller, Ending, Signals};
 use crate::state::{self, State};
 
@@ -206,9 +206,9 @@ fn make(
         (true, true) => Rebuild::Start,
         (true, false) => Rebuild::UnderWay,
     };
-    let image = ready_image(state, &guest, &*host, rebuild, say)?;
-    let generation = image.as_ref().map(|(generation, ..)| *generation);
-    let root_hash = image.as_ref().map_or(String::new(), |(_, root_hash, _)| root_hash.clone());
+    let maker = Maker { state, guest: &guest, host: &*host, rebuild, say };
+    let image = maker.ready_image()?;
+    let root_hash = image.as_ref().map_or(String::new(), |image| image.root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
     let label = request.label.as_deref();
     let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher, label)?;
@@ -218,75 +218,15 @@ fn make(
     let identity = Identity::fresh(lease.number()).map_err(Error::failed("draw an identity"))?;
     timeline.mark("prepared");
 
-    let connect = || {
+    let limits = machine.agent_limits();
+    let connect = || -> Box<Connect> {
         let exec = request.exec.clone();
-        move |pipe| AgentLink::with_command(pipe, exec).limited(machine.agent_limits())
+        Box::new(move |pipe| AgentLink::with_command(pipe, exec).limited(limits))
     };
-    let spec = &guest.spec;
-    let before = timeline.clone();
-    let restored = image.map(|(.., files)| {
-        launch::restore(&*host, spec, files, &confinement, &identity, connect(), timeline)
-    });
-    let (launched, generation) = match restored {
-        // Nothing has run in it yet.
-        Some(Err(LaunchError::Host(error))) if !matches!(error, HostError::Refused { .. }) => {
-            *timeline = before;
-            let error = error_text(&launch_error(LaunchError::Host(error)));
-            say_cold(
-                &format!("the savefile of {} does not restore ({error})", guest.dvm_name),
-                state,
-                &guest,
-                rebuild,
-                say,
-            );
-            (launch::cold(&*host, spec, &confinement, &identity, connect(), timeline), None)
-        }
-        Some(restored) => (restored, generation),
-        None => (launch::cold(&*host, spec, &confinement, &identity, connect(), timeline), None),
-    };
-    let Clone { domain, agent: link } = launched.map_err(launch_error)?;
+    let (Clone { domain, agent: link }, generation) =
+        maker.make(image, &confinement, &identity, connect, timeline)?;
     let (number, host) = (lease.number(), host.facts().kind.clone());
     Ok((Launched { number, host, generation, held: Held::Here { domain, lease } }, link))
-}
-
-/// What is done about a savefile that does not serve.
-#[derive(Clone, Copy)]
-enum Rebuild {
-    No,
-    Start,
-    UnderWay,
-}
-
-/// The admitted image of a fresh savefile. Without one: says why, starts the rebuild, and answers `None`.
-fn ready_image(
-    state: &State,
-    guest: &Guest,
-    host: &dyn Host,
-    rebuild: Rebuild,
-    say: &dyn Fn(&str),
-) -> Result<Option<(u64, String, HotFiles)>> {
-    match savefiles::ready(state, guest, host)? {
-        Readiness::Ready { generation, root_hash, files } => Ok(Some((generation, root_hash, files))),
-        Readiness::Not { reason } => {
-            say_cold(&reason, state, guest, rebuild, say);
-            Ok(None)
-        }
-    }
-}
-
-/// Says why the clone boots cold, and has a savefile built for the next.
-fn say_cold(reason: &str, state: &State, guest: &Guest, rebuild: Rebuild, say: &dyn Fn(&str)) {
-    let started = match rebuild {
-        Rebuild::Start => savefiles::start_rebuild(state, &guest.dvm_name).map(drop),
-        Rebuild::No | Rebuild::UnderWay => Ok(()),
-    };
-    match (rebuild, started) {
-        (Rebuild::No, _) => say(&format!("{reason}; booting cold")),
-        (_, Ok(())) => {
-            say(&format!("{reason}; booting cold, a savefile is being built for the next launch"));
-        }
-        (_, Err(error)) => say(&format!("{reason}; booting cold, and cannot start the rebuild: {error}")),
-    }
 }
 
 /// Carries the command's streams until it ends, and those of whoever calls meanwhile.
@@ -298,11 +238,15 @@ fn converse(
 ) -> Result<Ending> {
     let step = "run the command in the clone";
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
-    let mut exchange = Exchange::or_alone(state, &launched.number.to_string(), link);
+    let mut exchange = Exchange::or_without_calls(state, &launched.number.to_string(), link);
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
+    let mut noted;
     let attended: &mut dyn Attended = match &mut launched.held {
-        Held::Here { domain, .. } => domain,
+        Held::Here { domain, lease } => {
+            noted = Noted::new(domain, lease);
+            &mut noted
+        }
         Held::Kept { lifeline } => lifeline,
     };
     match exchange.run(attended, Some(caller), &mut signals, timeline).map_err(Error::failed(step))? {
@@ -311,14 +255,6 @@ fn converse(
         }
         ending => Ok(ending),
     }
-}
-
-fn launch_error(error: LaunchError) -> Error {
-    let kind = match &error {
-        LaunchError::Host(engine::host::HostError::Refused { .. }) => Kind::Refused,
-        _ => Kind::Failed,
-    };
-    Error::new(kind, "cannot launch a clone").because(error)
 }
 
 /// The exit status of a launch that failed.

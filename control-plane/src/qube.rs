@@ -1,4 +1,4 @@
-//! Qubes: TemplateVMs and the DVM templates on them, one TOML record each.
+//! Qubes: TemplateVMs, AppVMs on them (DVM templates among these), and disposables that have a record, one TOML file each.
 //!
 //! Invariants: a record is written aside and renamed, so it is never half there; a name is a legal Qubes name, so it
 //! is safe as a file name; unknown keys are refused, so that a typing mistake does not go unnoticed.
@@ -24,7 +24,7 @@ pub struct Qube {
     pub name: String,
     /// Its label, the colour of its windows' borders.
     pub label: String,
-    /// What it is: the table `[class.TemplateVM]` or `[class.AppVM]`.
+    /// What it is: the table `[class.TemplateVM]`, `[class.AppVM]` or `[class.DispVM]`.
     pub class: Class,
 }
 
@@ -35,6 +35,9 @@ pub enum Class {
     TemplateVM(Template),
     /// Uses a template's root; as a DVM template, disposables are made from it.
     AppVM(Dvm),
+    /// A disposable that is there also while it does not run: one with a name of the user's, or made by the Admin API to be
+    /// started. Nothing it writes is ever kept. Those of `dispvm-launch` have no such record ([`crate::clones`]).
+    DispVM(Disposable),
 }
 
 /// A TemplateVM's part of the record.
@@ -85,6 +88,17 @@ pub struct Dvm {
     pub savefile: Option<SavefilePin>,
 }
 
+/// A disposable's part of the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disposable {
+    /// The DVM template it is made from, each time it starts.
+    pub template: String,
+    /// Whether the record goes when the disposable ends.
+    #[serde(default)]
+    pub auto_cleanup: bool,
+}
+
 /// Which savefile serves, and what it must be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -117,9 +131,9 @@ impl Qube {
             return Err(format!("it is the record of {:?}", qube.name));
         }
         check_label(&qube.label).map_err(|error| error.to_string())?;
-        if let Class::AppVM(dvm) = &qube.class {
+        if let Some(template) = qube.based_on() {
             // It becomes the name of a folder.
-            check_name(&dvm.template).map_err(|error| format!("template: {error}"))?;
+            check_name(template).map_err(|error| format!("template: {error}"))?;
         }
         Ok(qube)
     }
@@ -156,6 +170,15 @@ impl Qube {
         records.filter(|(name, _)| record_path(state, name).is_file()).map(|(_, record)| record).collect()
     }
 
+    /// The qube it is based on.
+    pub fn based_on(&self) -> Option<&str> {
+        match &self.class {
+            Class::TemplateVM(_) => None,
+            Class::AppVM(dvm) => Some(&dvm.template),
+            Class::DispVM(disposable) => Some(&disposable.template),
+        }
+    }
+
     /// The DVM template's part, or what stands in the way.
     pub fn dvm(&self) -> Result<&Dvm> {
         match &self.class {
@@ -170,6 +193,10 @@ impl Qube {
                 format!("{} is a TemplateVM, disposables are made from a DVM template on it", self.name),
             )
             .hint(format!("`dispvm-qube add-dvm NAME --template {}`", self.name))),
+            Class::DispVM(disposable) => Err(Error::new(
+                Kind::Refused,
+                format!("{} is a disposable itself, made from {}", self.name, disposable.template),
+            )),
         }
     }
 
@@ -177,7 +204,9 @@ impl Qube {
     pub fn template(&self) -> Result<&Template> {
         match &self.class {
             Class::TemplateVM(template) => Ok(template),
-            Class::AppVM(_) => Err(Error::new(Kind::Usage, format!("{} is no TemplateVM", self.name))),
+            Class::AppVM(_) | Class::DispVM(_) => {
+                Err(Error::new(Kind::Usage, format!("{} is no TemplateVM", self.name)))
+            }
         }
     }
 }
@@ -197,15 +226,18 @@ pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> R
             change(dvm);
             Ok(())
         }
-        Class::TemplateVM(_) => Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
+        Class::TemplateVM(_) | Class::DispVM(_) => {
+            Err(Error::new(Kind::Usage, format!("{name} is no AppVM")))
+        }
     })
 }
 
-/// Takes the lock that a qube's keeper holds while the qube runs itself; refused while it does. Its folder must be there.
+/// Takes the lock that is held while a qube runs itself; refused while it does. Its folder must be there.
 pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
     state::try_lock_patiently(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
-        Error::new(Kind::Refused, format!("{name} is running"))
-            .hint(format!("wait until its `dispvm-qube start {name}` has ended"))
+        Error::new(Kind::Refused, format!("{name} is running")).hint(format!(
+            "`qvm-shutdown --wait {name}`, or wait until its `dispvm-qube start {name}` has ended"
+        ))
     })
 }
 

@@ -130,5 +130,5 @@ pub fn run(
     signals: &mut Signals,
     timeline: &mut Timeline,
 ) -> Result<Ending, SessionError> {
-    Hub::new().run(link, domain, Some(caller), signals, timeline)
+    Hub::alone().run(link, domain, Some(caller), signals, timeline)
 }

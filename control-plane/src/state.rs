@@ -6,7 +6,7 @@
 //! ROOT/qubes/DVM/private/GEN.img             immutable
 //! ROOT/qubes/DVM/savefile/GEN.savefile       immutable
 //! ROOT/qubes/NAME/settings.toml              what Qubes knows of it beyond its record (crate::admin::settings)
-//! ROOT/qubes/NAME/start.lock                 held while the qube runs itself (crate::start)
+//! ROOT/qubes/NAME/start.lock                 held while the qube runs itself (crate::run)
 //! ROOT/hot/HASH/                             admitted savefiles, by root hash
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
 //! ROOT/calls/NAME.sock                       where the holder of a running guest listens (crate::calls)

@@ -1,17 +1,19 @@
-//! Making and removing qubes: TemplateVMs from a root image and a kernel, DVM templates on them; and their next generations.
+//! Making and removing qubes: TemplateVMs from a root image and a kernel, AppVMs on them, disposables with a record; and the next
+//! generations of what they keep.
 //!
 //! Invariants: a generation's files stand whole under their names before the record names it, and are never written again.
-//! All of it happens under the record's lock; while a qube runs itself ([`crate::start`]), nobody else gives it a generation.
+//! All of it happens under the record's lock; while a qube runs itself ([`crate::run`]), nobody else gives it a generation.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::admin::settings::{Owner, Settings};
 use crate::clones;
 use crate::daemon;
 use crate::error::{Error, Kind, Result};
 use crate::inputs;
-use crate::qube::{self, Class, Dvm, Qube, Template};
+use crate::qube::{self, Class, Disposable, Dvm, Qube, Template};
 use crate::state::{self, State};
 use crate::volume::{self, copy_immutable, link_immutable, sync_folder};
 
@@ -143,13 +145,36 @@ fn install_generation(
     sync_folder(aside)?;
     fs::rename(aside, &folder).map_err(Error::io("rename to", &folder))?;
     sync_folder(&state.qube(name).join("root"))?;
+    if !state.qube(name).join("qube.toml").exists() {
+        begin_features(state, name)?;
+    }
     let class = Class::TemplateVM(template);
     Qube { name: name.to_owned(), label: label.to_owned(), class }.save(state)?;
     Ok(generation)
 }
 
+/// What Qubes' agents tell of a template once it has run, and ours can do in each: `qubes.FeaturesRequest` sets these
+/// (QubesOS/qubes-core-admin `qubes/ext/core_features.py`).
+fn begin_features(state: &State, name: &str) -> Result<()> {
+    let owner = Owner::Qube(name.to_owned());
+    let mut settings = Settings::load(state, &owner)?;
+    settings.features.entry("vmexec".to_owned()).or_insert_with(|| "1".to_owned());
+    settings.save(state, &owner)
+}
+
 /// Makes a DVM template, or changes the settings of one that is there; its private volume and savefile stay.
-pub fn add_dvm(state: &State, name: &str, label: &str, mut dvm: Dvm) -> Result<()> {
+pub fn add_dvm(state: &State, name: &str, label: &str, dvm: Dvm) -> Result<()> {
+    add_dvm_with(state, name, label, dvm, || Ok(()))
+}
+
+/// The same, with what stands beside the record written by `begin` before there is one: no qube is ever there without it.
+pub fn add_dvm_with(
+    state: &State,
+    name: &str,
+    label: &str,
+    mut dvm: Dvm,
+    begin: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     qube::check_name(name)?;
     Qube::load(state, &dvm.template)?.template()?;
     inputs::parse_nic(&dvm.net)?;
@@ -175,11 +200,45 @@ pub fn add_dvm(state: &State, name: &str, label: &str, mut dvm: Dvm) -> Result<(
             dvm.private_id = before.private_id;
             dvm.savefile = before.savefile;
         }
-        Ok(_) => return Err(Error::new(Kind::Usage, format!("{name} is a TemplateVM"))),
+        Ok(_) => return Err(Error::new(Kind::Usage, format!("{name} is no AppVM"))),
         Err(error) if error.kind == Kind::Usage => dvm.private_id = make_private(state, name, &dvm)?,
         Err(error) => return Err(error),
     }
+    begin()?;
     Qube { name: name.to_owned(), label: label.to_owned(), class: Class::AppVM(dvm) }.save(state)
+}
+
+/// Makes a disposable with a record of its own. What stands beside the record is written by `begin` before there is one.
+pub fn add_disposable(
+    state: &State,
+    name: &str,
+    label: &str,
+    disposable: Disposable,
+    begin: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    qube::check_name(name)?;
+    qube::check_label(label)?;
+    Qube::load(state, &disposable.template)?.dvm()?;
+    let _lock = state::lock_in(&state.qube(name), "record.lock")?;
+    match Qube::load(state, name) {
+        Ok(_) => return Err(Error::new(Kind::Refused, format!("there is a qube {name} already"))),
+        Err(error) if error.kind == Kind::Usage => {}
+        Err(error) => return Err(error),
+    }
+    begin()?;
+    Qube { name: name.to_owned(), label: label.to_owned(), class: Class::DispVM(disposable) }.save(state)
+}
+
+/// Removes a disposable that has ended, if it is one that does not outlive its end. `Ok` also where it is not, or runs again.
+pub fn remove_ended(state: &State, name: &str) -> Result<()> {
+    let is_over = |qube: &Qube| matches!(&qube.class, Class::DispVM(disposable) if disposable.auto_cleanup);
+    if !Qube::load(state, name).is_ok_and(|qube| is_over(&qube)) {
+        return Ok(());
+    }
+    match state::try_lock_patiently(&state.qube(name).join("start.lock"))? {
+        Some(_not_running) => take_away(state, name),
+        None => Ok(()),
+    }
 }
 
 /// Removes a qube that nothing needs any more.
@@ -187,7 +246,7 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
     let qube = Qube::load(state, name)?;
     let users: Vec<String> = Qube::all(state)?
         .into_iter()
-        .filter(|other| matches!(&other.class, Class::AppVM(dvm) if dvm.template == name))
+        .filter(|other| other.based_on() == Some(name))
         .map(|other| other.name)
         .collect();
     if !users.is_empty() {
@@ -202,8 +261,12 @@ pub fn remove(state: &State, name: &str) -> Result<()> {
         return Err(Error::new(Kind::Refused, format!("{} made from {name} still run", running.join(", ")))
             .hint("a disposable ends with the command that started it"));
     }
-    // Renamed first, so that a removal cut short leaves no half qube under its name.
-    let folder = state.qube(&qube.name);
+    take_away(state, &qube.name)
+}
+
+/// Renamed first, so that a removal cut short leaves no half qube under its name.
+fn take_away(state: &State, name: &str) -> Result<()> {
+    let folder = state.qube(name);
     let aside = state.qubes().join(format!(".{name}{REMOVED}"));
     let _ = fs::remove_dir_all(&aside);
     fs::rename(&folder, &aside).map_err(Error::io("remove", &folder))?;

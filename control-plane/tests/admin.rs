@@ -360,9 +360,102 @@ fn qubes_are_made_and_removed_and_told_of() {
         let refused = qubes.refused("admin.vm.Create.AppVM", "dom0", template, payload);
         assert!(refused.contains(why), "{payload}: {refused}");
     }
+}
+
+#[test]
+fn t1_t7_f7_a_named_disposable_begins_as_its_template_is_and_keeps_its_record() {
+    let qubes = Qubes::new();
+    qubes.set("work", "provides_network", "1");
+    qubes.set("whonix-ws-dvm", "netvm", "work");
+    qubes.set("whonix-ws-dvm", "default_dispvm", "debian-dvm");
+    qubes.ok("admin.vm.feature.Set", "whonix-ws-dvm", "gui", "1");
+    qubes.ok("admin.vm.feature.Set", "whonix-ws-dvm", "preload-dispvm-max", "1");
+    qubes.ok("admin.vm.firewall.Set", "whonix-ws-dvm", "", "action=drop\n");
+    qubes.ok("admin.vm.Create.DispVM", "dom0", "whonix-ws-dvm", "name=sys-usb label=orange");
+    let list = qubes.ok("admin.vm.List", "sys-usb", "", "");
+    assert!(list.starts_with("sys-usb class=DispVM state=Halted "), "{list}");
+    assert_eq!(qubes.get("sys-usb", "template"), set("whonix-ws-dvm"));
+    assert_eq!(qubes.get("sys-usb", "label"), set("orange"));
+    assert_eq!(qubes.get("sys-usb", "auto_cleanup"), default("False"));
+    assert_eq!(qubes.get("sys-usb", "include_in_backups"), default("True"));
+    assert_eq!(qubes.get("sys-usb", "netvm"), set("work"));
+    assert_eq!(qubes.get("sys-usb", "default_dispvm"), set("debian-dvm"));
+    assert_eq!(qubes.ok("admin.vm.feature.List", "sys-usb", "", ""), "gui\n");
+    assert_eq!(qubes.ok("admin.vm.tag.List", "sys-usb", "", ""), "created-by-dom0\n");
+    // What its template becomes is no matter to it any more.
+    qubes.ok("admin.vm.property.Reset", "whonix-ws-dvm", "netvm", "");
+    qubes.ok("admin.vm.firewall.Set", "whonix-ws-dvm", "", "action=accept\n");
+    qubes.set("whonix-ws-dvm", "label", "blue");
+    assert_eq!(qubes.get("sys-usb", "netvm"), set("work"));
+    assert_eq!(qubes.ok("admin.vm.firewall.Get", "sys-usb", "", ""), "action=drop\n");
+    qubes.set("sys-usb", "auto_cleanup", "True");
+    assert_eq!(qubes.get("sys-usb", "auto_cleanup"), set("True"));
+    qubes.set("sys-usb", "auto_cleanup", "False");
+    // L8: it may be made from another, while it does not run.
+    qubes.set("sys-usb", "template", "debian-dvm");
+    assert!(qubes.refused("admin.vm.property.Set", "sys-usb", "template", "work").contains("PropertyValue"));
+    qubes.ok("admin.vm.Remove", "sys-usb", "", "");
+    assert!(!qubes.state.qube("sys-usb").exists());
+}
+
+#[test]
+fn t3_a_template_for_disposables_stays_one_while_a_disposable_names_it() {
+    let qubes = Qubes::new();
+    qubes.ok("admin.vm.Create.DispVM", "dom0", "debian-dvm", "name=mail-disp label=red");
+    let off = || qubes.refused("admin.vm.property.Set", "debian-dvm", "template_for_dispvms", "False");
+    assert!(off().starts_with("QubesVMInUseError") && off().contains("mail-disp"), "{}", off());
+    assert!(qubes.refused("admin.vm.Remove", "debian-dvm", "", "").contains("template of mail-disp"));
+    let refused =
+        |template: &str, payload: &str| qubes.refused("admin.vm.Create.DispVM", "dom0", template, payload);
+    assert!(
+        refused("work", "name=x label=red").starts_with("QubesValueError: template for disposable (work)")
+    );
+    assert!(refused("debian-12", "name=x label=red").starts_with("QubesValueError"));
+    assert!(refused("debian-dvm", "name=mail-disp label=red").contains("AlreadyExists"));
+    assert!(refused("debian-dvm", "name=disp7 label=red").contains("AlreadyExists"));
+    assert!(refused("", "name=x label=red").contains("NoTemplate"));
+    assert_eq!(refused("gone", "name=x label=red"), "hung up");
+    qubes.ok("admin.vm.Remove", "mail-disp", "", "");
+    qubes.set("debian-dvm", "template_for_dispvms", "False");
+}
+
+#[test]
+fn t4_t5_t6_l3_a_disposable_made_by_the_api_is_of_the_callers_default_and_not_another_ones_name() {
+    let qubes = Qubes::new();
+    let make = |on: &str, payload: &str| qubes.ok("admin.vm.CreateDisposable", on, "", payload);
     assert!(qubes
-        .refused("admin.vm.Create.DispVM", "dom0", "debian-dvm", "name=x label=red")
-        .contains("NotImplemented"));
+        .refused("admin.vm.CreateDisposable", "dom0", "", "")
+        .starts_with("QubesException: Refusing to create disposable"));
+    qubes.ok("admin.property.Set", "dom0", "default_dispvm", "whonix-ws-dvm");
+    let name = make("dom0", "");
+    assert!(control_plane::clones::number_of(&name).is_some(), "{name}");
+    assert_eq!(qubes.get(&name, "template"), set("whonix-ws-dvm"));
+    assert_eq!(qubes.get(&name, "label"), set("purple"));
+    assert_eq!(qubes.get(&name, "auto_cleanup"), set("True"));
+    assert_eq!(qubes.get(&name, "dispid"), set(name.strip_prefix("disp").unwrap()));
+    assert_eq!(qubes.ok("admin.vm.tag.List", &name, "", ""), "created-by-dom0\ndisp-created-by-dom0\n");
+    // An anonymous caller's is anonymous.
+    app(&qubes.state, "anon-whonix", "red", false);
+    qubes.ok("admin.property.Set", "dom0", "default_dispvm", "debian-dvm");
+    qubes.set("anon-whonix", "default_dispvm", "whonix-ws-dvm");
+    let request =
+        Request { source: "anon-whonix".into(), ..Request::new("admin.vm.CreateDisposable", "dom0") };
+    let answer = call_within(&qubes.socket(), &request.payload("uuid"), Duration::from_secs(10)).unwrap();
+    let by_uuid = String::from_utf8(answer).unwrap();
+    assert!(by_uuid.starts_with("uuid:"), "{by_uuid}");
+    assert_eq!(qubes.get(&by_uuid, "template"), set("whonix-ws-dvm"));
+    assert!(qubes.ok("admin.vm.tag.List", &by_uuid, "", "").contains("disp-created-by-anon-whonix\n"));
+    let refused = qubes.refused("admin.vm.CreateDisposable", "debian-dvm", "", "x");
+    assert!(refused.starts_with("QubesValueError: Invalid payload"), "{refused}");
+    assert!(qubes
+        .refused("admin.vm.CreateDisposable", "work", "", "")
+        .contains("template_for_dispvms=False"));
+    // A name that a record has is nobody else's, and a record is not swept away before it has run.
+    let number = control_plane::clones::number_of(&name).unwrap();
+    assert!(control_plane::clones::is_taken(&qubes.state, number));
+    control_plane::clones::sweep(&qubes.state).unwrap();
+    qubes.ok("admin.vm.Remove", &name, "", "");
+    assert!(!control_plane::clones::is_taken(&qubes.state, number));
 }
 
 /// The first event of a connection of its own.
@@ -455,9 +548,29 @@ fn calls_that_are_none_are_hung_up_on() {
         let _ = stream.read_to_end(&mut answer);
         assert!(!answer.starts_with(b"0"), "{answer:?}");
     }
-    // Many that say nothing keep nobody from being heard.
-    let _silent: Vec<UnixStream> = (0..50).map(|_| UnixStream::connect(qubes.socket()).unwrap()).collect();
-    qubes.ok("admin.vm.List", "dom0", "", "");
+}
+
+#[test]
+fn many_that_say_nothing_or_half_of_it_keep_nobody_from_being_heard() {
+    let qubes = Qubes::new();
+    let silent: Vec<UnixStream> = (0..400)
+        .map(|number| {
+            let mut stream = UnixStream::connect(qubes.socket()).unwrap();
+            if number % 2 == 0 {
+                let _ = stream.write_all(b"admin.vm.List+ dom0 na");
+            }
+            stream
+        })
+        .collect();
+    let start = Instant::now();
+    for _ in 0..20 {
+        qubes.ok("admin.vm.List", "dom0", "", "");
+    }
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    // The first of them were hung up on, for the sake of the last.
+    let mut first = &silent[0];
+    first.set_read_timeout(Some(Duration::from_secs(4))).unwrap();
+    assert!(matches!(first.read(&mut [0]), Ok(0)));
 }
 
 #[test]

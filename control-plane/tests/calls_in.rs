@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::{Guest, LIMIT, NAME};
 use control_plane::calls::client;
-use control_plane::calls::exchange::CALLS_MAX;
 use control_plane::calls::message::{Control, Status};
+use control_plane::calls::requests::CALLS_MAX;
 use control_plane::daemon::channel::Channel;
 use control_plane::error::{Kind, Result};
 use control_plane::session::{Ending, SessionError};
@@ -123,8 +123,9 @@ fn a_command_ends_with_its_caller_and_with_its_reader() {
     let stream = guest.agent.take_exec();
     drop(caller.stdout);
     guest.agent.say(&GuestFrame::Stdout { stream, bytes: b"y".to_vec() });
-    let heard = [guest.agent.hear(), guest.agent.hear()];
-    assert!(heard.contains(&HostFrame::Signal { stream, signal: 15 }), "{heard:?}");
+    assert_eq!(guest.agent.hear(), HostFrame::Signal { stream, signal: 13 });
+    guest.agent.say(&GuestFrame::Exited { stream, exit: Exit::Signal(13) });
+    assert_eq!(caller.outcome.recv_timeout(LIMIT).unwrap().unwrap(), Exit::Signal(13));
     guest.end().unwrap();
 }
 

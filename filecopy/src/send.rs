@@ -54,23 +54,19 @@ pub fn send(
     mut from: impl Read,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), SendError> {
-    let mut to = Some(Summed::new(to));
+    let mut to = Summed::new(to);
     let sent = send_all(paths, ignores_links, &mut to, progress);
-    let crc32 = to.as_ref().map(Summed::crc32);
     if let Err(Failed::Send(error)) = sent {
         return Err(error);
     }
-    // Who does not take what is sent has said why, or has gone. It need not read what may still lie in between.
-    let is_whole = sent.is_ok();
-    if !is_whole {
-        to = None;
-    }
-    let reply = Reply::read(&mut from).ok().flatten().ok_or(SendError::NoAnswer)?;
+    // Who does not take what is sent has said why, or has gone. Whoever reads on meanwhile sees the end here.
+    let crc32 = to.crc32();
     drop(to);
+    let reply = Reply::read(&mut from).ok().flatten().ok_or(SendError::NoAnswer)?;
     if reply.error != 0 {
         return Err(refusal(reply));
     }
-    match is_whole && Some(reply.crc32) == crc32 {
+    match sent.is_ok() && reply.crc32 == crc32 {
         true => Ok(()),
         false => Err(SendError::Checksum),
     }
@@ -91,10 +87,9 @@ impl From<WalkError> for Failed {
 fn send_all<W: Write>(
     paths: &[PathBuf],
     ignores_links: bool,
-    to: &mut Option<Summed<W>>,
+    to: &mut Summed<W>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), Failed> {
-    let Some(to) = to else { return Ok(()) };
     let write = |_| Failed::Write;
     Walk { ignores_links }.all(paths, &mut |entry| {
         to.write_all(&entry.header.encode()).map_err(write)?;

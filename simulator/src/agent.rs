@@ -14,6 +14,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use engine::host::BootPurpose;
 use qrexec::{Decoder, Exec, Failed, GuestFrame, Hello, HostFrame, Identity, Op};
 
+use control_plane::clones::number_of;
+
 use crate::command::Command;
 use crate::guest::Life;
 use crate::plan::{Fault, StepKind};
@@ -180,6 +182,7 @@ impl Agent {
             HostFrame::Freeze => self.freeze(),
             HostFrame::Identify(identity) => self.identify(&identity),
             HostFrame::Thaw => self.thaw(),
+            HostFrame::Shutdown => self.shut_down(),
             _ => Ok(()),
         };
         match done {
@@ -296,8 +299,11 @@ impl Agent {
         self.must(!state.guest.is_for_capture(), "identify: a guest that is to be captured must be nobody")?;
         self.must(state.guest.life() != Life::Restored || state.guest.frozen, "identify: its programs run")?;
         self.must(self.commands.is_empty(), "identify: a command runs")?;
-        let name = format!("disp{}", self.vm.slot);
-        self.must(identity.hostname == name, "identify: the name is not that of the slot")?;
+        let number = number_of(&identity.hostname).map(|number| number.get());
+        self.must(
+            number.is_none_or(|number| number == self.vm.slot),
+            "identify: the name is that of another slot",
+        )?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         self.must(
             now.abs_diff(identity.realtime_ns / 1_000_000_000) < CLOCK_MAX_S,
@@ -325,6 +331,13 @@ impl Agent {
         self.must(state.guest.identity.is_some(), "thaw: the clone is nobody yet")?;
         state.guest.frozen = false;
         state.guest.write_as_clone().map_err(|error| error.to_string())
+    }
+
+    /// The host is told by the domain, once this agent has said that it is at it.
+    fn shut_down(&mut self) -> Result<(), String> {
+        self.state().map_err(|_| "gone")?.off = true;
+        self.vm.ring();
+        Ok(())
     }
 
     /// Does what is only done before a capture, to a guest whose programs run.

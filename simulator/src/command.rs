@@ -1,7 +1,7 @@
 //! The commands a simulated guest has, within the windows the protocol gives them.
 //!
 //! `echo ARG…`, `cat`, `exit N`, `name` (host name and machine-id), `flood N` (N bytes), `fill N` (writes N pages to the
-//! root volume), and `witness`: answers each line of stdin with `ok LINE` if the clone's memory and volumes are as they must be.
+//! root volume), `save N` (writes page N of what is kept), and `witness`: answers each line of stdin with `ok LINE` if the clone's memory and volumes are as they must be.
 
 use qrexec::{Exec, Exit, GuestFrame, ProtocolError, ReceiveWindow, SendWindow};
 
@@ -59,6 +59,10 @@ impl Command {
             "flood" => {
                 command.pending = (0..number()).map(|at| b"0123456789abcde\n"[at as usize % 16]).collect()
             }
+            "save" => match vm.stopped().guest.save(number()) {
+                Ok(count) => command.pending = format!("saved to {count}\n").into_bytes(),
+                Err(_) => command.exit = Exit::Code(1),
+            },
             "fill" => command.kind = Kind::Fill(number()),
             "name" => {
                 let identity = vm.stopped().guest.identity.clone().unwrap_or_default();

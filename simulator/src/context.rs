@@ -83,11 +83,21 @@ impl Context {
         }
     }
 
+    /// Waits while the simulation's guests are to be slow to start.
+    pub fn dawdle(&self) {
+        while self.folder.join(SLOW).exists() {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+
     /// The name of this simulation's files in memory.
     pub fn memfd_name(&self) -> String {
         memfd_name(&self.folder)
     }
 }
+
+/// While a file of this name is among the notes, no guest comes up.
+pub const SLOW: &str = "slow";
 
 /// Where broken rules are noted.
 pub fn violations(folder: &Path) -> PathBuf {

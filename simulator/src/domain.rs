@@ -152,6 +152,10 @@ impl Domain for SimDomain {
             return Ok(());
         }
         self.fail("domain.serve", step)?;
+        if self.vm.stopped().off {
+            self.end();
+            return Err(HostError::PoweredOff { step });
+        }
         self.vm.change(|state| state.guest.spill(&self.spill_dir)).map_err(HostError::io(step))
     }
 

@@ -12,7 +12,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use engine::host::{BootPurpose, Capture, CapturedDelta, GuestSpec, HostError};
+use engine::host::{Base, BootPurpose, Capture, CapturedDelta, GuestSpec, HostError};
 use engine::image::hot::HotFiles;
 use engine::units::{ByteCount, PageRange, PAGE_BYTES, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,10 @@ pub enum Life {
     Booted(BootPurpose),
     /// Restored from a hot image.
     Restored,
+}
+
+fn open_base(path: &Path, base: &Base) -> io::Result<File> {
+    File::options().read(true).write(base.is_persistent()).open(path)
 }
 
 /// An image that is not what was captured.
@@ -73,6 +77,8 @@ struct Volume {
     name: String,
     size: ByteCount,
     base: Option<File>,
+    /// Whether what is saved goes to the base itself.
+    persistent: bool,
     /// What was captured.
     under: Changes,
     /// What was written since.
@@ -114,7 +120,8 @@ impl Guest {
             Ok(Volume {
                 name: volume.name.clone(),
                 size: volume.size,
-                base: volume.base.path().map(File::open).transpose()?,
+                base: volume.base.path().map(|path| open_base(path, &volume.base)).transpose()?,
+                persistent: volume.base.is_persistent(),
                 under: Changes::new(),
                 own: Changes::new(),
                 spill: None,
@@ -211,6 +218,7 @@ impl Guest {
             }
             let base = volume.base.path().map(File::open).transpose()?;
             volumes.push(Volume {
+                persistent: false,
                 name: volume.name.clone(),
                 size: volume.size,
                 base,
@@ -307,6 +315,17 @@ impl Guest {
         let (seed, volume) = (self.own_seed, &mut self.volumes[0]);
         let place = at % (volume.size.0 / PAGE_SIZE);
         volume.own.insert(place, Some(page_of(seed, &volume.name, place)));
+    }
+
+    /// Writes a page to every volume that is kept, straight to its file. Answers to how many.
+    pub fn save(&self, at: u64) -> io::Result<usize> {
+        let kept = self.volumes.iter().filter(|volume| volume.persistent);
+        let kept: Vec<_> = kept.filter_map(|volume| Some((volume, volume.base.as_ref()?))).collect();
+        for (volume, file) in &kept {
+            let place = at % (volume.size.0 / PAGE_SIZE);
+            file.write_all_at(&page_of(self.own_seed, &volume.name, place), place * PAGE_SIZE)?;
+        }
+        Ok(kept.len())
     }
 
     /// Whether a volume waits for the host to make room.

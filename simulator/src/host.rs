@@ -79,6 +79,7 @@ impl Host for SimHost {
     ) -> Result<Box<dyn Domain>, HostError> {
         let step = "boot the guest";
         fail(&self.context, "host.boot", step)?;
+        self.context.dawdle();
         let io = || HostError::io(step);
         self.context.use_slot(confinement.slot).map_err(io())?;
         let boot = self.context.new_boot().map_err(io())?;
@@ -96,6 +97,7 @@ impl Host for SimHost {
     ) -> Result<Box<dyn Domain>, HostError> {
         let step = "restore the clone";
         fail(&self.context, "host.restore", step)?;
+        self.context.dawdle();
         let io = || HostError::io(step);
         self.context.use_slot(confinement.slot).map_err(io())?;
         let deltas = image.deltas.iter().map(|(_, file)| file);

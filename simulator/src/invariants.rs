@@ -9,7 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use control_plane::clones::{CloneRecord, Keeping};
+use control_plane::admin::settings::{Owner, Settings};
+use control_plane::clones::{CloneRecord, Keeping, Power};
 use control_plane::error::{Error, Result};
 use control_plane::names::QUARANTINE;
 use control_plane::qube::{Class, Qube, SavefilePin};
@@ -95,6 +96,11 @@ pub fn every_record_is_whole_and_nothing_is_lost(world: &World, before: &Before)
         (Some(_), None) if !before.removes => found.push("the pinned savefile is forgotten".to_owned()),
         _ => {}
     }
+    for qube in Qube::all(&world.state)?.iter().filter(|qube| matches!(qube.class, Class::DispVM(_))) {
+        if Settings::load(&world.state, &Owner::Qube(qube.name.clone()))?.notes != "begun" {
+            found.push(format!("{} has a record without its settings", qube.name));
+        }
+    }
     let generation = Qube::load(&world.state, TEMPLATE)?.template()?.generation;
     if generation < before.template_generation {
         found.push(format!("the template went back to generation {generation}"));
@@ -138,6 +144,7 @@ pub fn no_file_is_left(world: &World, before: &Before) -> Found {
                     roots.push(pin.root_hash);
                 }
             }
+            Class::DispVM(_) => expect(&["settings.toml".to_owned()]),
         }
     }
     let mut found = Vec::new();
@@ -166,6 +173,7 @@ pub fn what_is_used_stays(world: &World, before: &Before) -> Found {
                 needed.push(world.state.root_generation(&qube.name, template.generation).join("root.img"));
             }
             Class::AppVM(dvm) => needed.push(world.state.private_image(&qube.name, dvm.private_generation)),
+            Class::DispVM(_) => {}
         }
     }
     let mut found = Vec::new();
@@ -286,6 +294,8 @@ fn clone_records(world: &World) -> Result<Vec<CloneRecord>> {
             keeping: Keeping::Launcher,
             started: 0,
             label: None,
+            qube: None,
+            power: Power::Running,
         };
         records.push(record.unwrap_or_else(none));
     }

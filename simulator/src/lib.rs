@@ -6,7 +6,7 @@
 //!
 //! Reading order: [`rng`], [`plan`], [`steps`], [`context`] (what goes wrong, and notes across processes) → [`pages`],
 //! [`delta`], [`spill`], [`guest`], [`vm`], [`command`], [`agent`] (the guest) → [`domain`], [`host`], [`machine`] (the host) →
-//! [`operate`], [`tracer`], [`world`] (processes that fail) → [`scenario`], [`invariants`], [`sweep`].
+//! [`serve`] (a daemon and its runners), [`operate`], [`tracer`], [`world`] (processes that fail) → [`scenario`], [`invariants`], [`sweep`].
 
 pub mod agent;
 pub mod command;
@@ -22,6 +22,7 @@ pub mod pages;
 pub mod plan;
 pub mod rng;
 pub mod scenario;
+pub mod serve;
 pub mod spill;
 pub mod steps;
 pub mod sweep;

@@ -10,12 +10,16 @@ use control_plane::output::error_text;
 use simulator::operate::{self, Action, Setting};
 use simulator::plan::Plan;
 use simulator::scenario::{usual_folder, Op, Scenario, Stage};
+use simulator::serve;
 use simulator::sweep;
 
 /// Plays failures on a simulated machine.
 #[derive(Parser)]
 #[command(version)]
 struct Options {
+    /// The state folder of a runner
+    #[arg(long)]
+    root: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -63,6 +67,21 @@ enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Serve as `dispvmd` does, on a world's state folder
+    Daemon {
+        /// The world's folder
+        #[arg(long)]
+        world: PathBuf,
+        /// The Admin API's socket
+        #[arg(long)]
+        api_socket: PathBuf,
+    },
+    /// Run a qube (started by the daemon)
+    #[command(hide = true)]
+    Runner {
+        /// Qube
+        name: String,
+    },
     /// One operation, which may go wrong: what the others start
     #[command(hide = true)]
     Operate {
@@ -74,7 +93,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Options::parse().command {
+    let Options { root, command } = Options::parse();
+    let result = match command {
+        Command::Daemon { world, api_socket } => serve::daemon(&world, &api_socket).map(|()| true),
+        Command::Runner { name } => serve::runner(root.as_deref(), &name).map(|()| true),
         Command::Operate { setting, action } => match operate::run(&setting, &action) {
             Ok(status) => return ExitCode::from(status),
             Err(error) => Err(operate::own_error("run an operation")(error)),

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use control_plane::admin::settings::{Owner, Settings};
 use control_plane::error::{Error, Result};
 use control_plane::launcher::{self, Request};
 use control_plane::output::error_text;
-use control_plane::qube::Dvm;
+use control_plane::qube::{Disposable, Dvm};
 use control_plane::savefiles::{self, Prerun};
 use control_plane::state::State;
 use control_plane::templates::{self, TemplateFiles};
@@ -28,7 +29,7 @@ use crate::machine::SimMachine;
 use crate::plan::Plan;
 use crate::steps::Steps;
 use crate::tracer;
-use crate::world::TEMPLATE;
+use crate::world::{DVM, TEMPLATE};
 
 /// Two orders of magnitude above the usual: a process that lives longer hangs, and is ended by SIGALRM.
 pub const ALARM_S: u32 = 30;
@@ -70,6 +71,11 @@ pub enum Action {
         /// DVM template
         name: String,
     },
+    /// Make a disposable with a record of its own
+    AddDisposable {
+        /// Disposable
+        name: String,
+    },
     /// Remove a qube
     RmQube {
         /// Qube
@@ -94,6 +100,7 @@ impl Action {
             Action::Rm { dvm } => vec!["rm".into(), dvm.clone()],
             Action::AddTemplate { name, root } => vec!["add-template".into(), name.clone(), path(root)],
             Action::AddDvm { name } => vec!["add-dvm".into(), name.clone()],
+            Action::AddDisposable { name } => vec!["add-disposable".into(), name.clone()],
             Action::RmQube { name } => vec!["rm-qube".into(), name.clone()],
         }
     }
@@ -190,6 +197,12 @@ fn act(world: &Path, machine: SimMachine, action: &Action) -> Result<u8> {
             templates::add_template(&state, name, "black", &files)?;
         }
         Action::AddDvm { name } => templates::add_dvm(&state, name, "red", new_dvm())?,
+        Action::AddDisposable { name } => {
+            let disposable = Disposable { template: DVM.to_owned(), auto_cleanup: false };
+            let settings = Settings { notes: "begun".to_owned(), ..Settings::default() };
+            let begin = || settings.save(&state, &Owner::Qube(name.clone()));
+            templates::add_disposable(&state, name, "red", disposable, begin)?;
+        }
         Action::RmQube { name } => templates::remove(&state, name)?,
     }
     Ok(0)

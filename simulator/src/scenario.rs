@@ -42,6 +42,8 @@ pub enum Op {
     NewTemplate,
     /// A new DVM template
     NewDvm,
+    /// A new disposable with a record of its own
+    NewDisposable,
     /// The removal of a DVM template
     RmQube,
     /// Two builds at once, one of which goes wrong
@@ -54,7 +56,7 @@ pub enum Op {
 
 impl Op {
     /// All there are.
-    pub const ALL: [Op; 16] = [
+    pub const ALL: [Op; 17] = [
         Op::BuildFirst,
         Op::BuildNext,
         Op::Launch,
@@ -67,6 +69,7 @@ impl Op {
         Op::AddTemplate,
         Op::NewTemplate,
         Op::NewDvm,
+        Op::NewDisposable,
         Op::RmQube,
         Op::TwoBuilds,
         Op::TwoLaunches,
@@ -74,7 +77,7 @@ impl Op {
     ];
 
     /// Those with one process, whose steps are the same in every run.
-    pub const ALONE: [Op; 13] = [
+    pub const ALONE: [Op; 14] = [
         Op::BuildFirst,
         Op::BuildNext,
         Op::Launch,
@@ -87,6 +90,7 @@ impl Op {
         Op::AddTemplate,
         Op::NewTemplate,
         Op::NewDvm,
+        Op::NewDisposable,
         Op::RmQube,
     ];
 
@@ -127,6 +131,7 @@ impl Op {
                 Action::AddTemplate { name: name.to_owned(), root: world.folder().join("root-2.img") }
             }
             Op::NewDvm => Action::AddDvm { name: NEW.to_owned() },
+            Op::NewDisposable => Action::AddDisposable { name: NEW.to_owned() },
             Op::RmQube => Action::RmQube { name: NEW.to_owned() },
         }
     }
@@ -136,7 +141,7 @@ impl Op {
         let next = Action::AddTemplate { name: TEMPLATE.to_owned(), root: world.folder().join("root-2.img") };
         match self {
             Op::Rm | Op::RmQube => vec![Action::Gc],
-            Op::AddTemplate | Op::NewTemplate | Op::NewDvm => vec![Action::Gc],
+            Op::AddTemplate | Op::NewTemplate | Op::NewDvm | Op::NewDisposable => vec![Action::Gc],
             Op::Gc => vec![Action::Build { dvm: DVM.to_owned(), prerun: None }],
             Op::BuildFirst => vec![next, Action::Gc],
             _ => vec![Action::Rm { dvm: DVM.to_owned() }, next, Action::Gc],

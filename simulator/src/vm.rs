@@ -15,6 +15,8 @@ pub struct State {
     pub running: bool,
     /// Whether it is gone.
     pub ended: bool,
+    /// Whether it has switched itself off, which the host learns when it is called.
+    pub off: bool,
 }
 
 /// A virtual machine.
@@ -32,7 +34,7 @@ pub struct Vm {
 impl Vm {
     /// A machine whose CPUs run or not.
     pub fn new(context: Arc<Context>, slot: u32, bell: UnixStream, guest: Guest, running: bool) -> Vm {
-        let state = Mutex::new(State { guest, running, ended: false });
+        let state = Mutex::new(State { guest, running, ended: false, off: false });
         Vm { context, slot, bell, state, change: Condvar::new() }
     }
 

@@ -18,6 +18,15 @@ pub(super) enum Refusal {
     Silent(String),
 }
 
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Refusal::Exception(exception) => exception.fmt(f),
+            Refusal::Silent(why) => f.write_str(why),
+        }
+    }
+}
+
 /// What a method comes to.
 pub(super) type Answer<T = Vec<u8>> = Result<T, Refusal>;
 

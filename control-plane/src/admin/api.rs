@@ -11,6 +11,7 @@ use admin_api::{Event, Kind, Request, ADMIN_VM};
 
 use super::answer::{enforce, exception, silent, Answer};
 use super::change;
+use super::create;
 use super::features::{self, Scope};
 use super::firewall;
 use super::lives;
@@ -68,7 +69,7 @@ impl Wants {
 
 /// Each method with what it wants: dom0 as its destination, an argument, a payload.
 #[rustfmt::skip]
-const METHODS: [(&str, Wants, Wants, Wants); 52] = [
+const METHODS: [(&str, Wants, Wants, Wants); 57] = [
     ("admin.Events", Either, No, No),
     ("admin.label.Get", It, It, No),
     ("admin.label.Index", It, It, No),
@@ -85,10 +86,15 @@ const METHODS: [(&str, Wants, Wants, Wants); 52] = [
     ("admin.property.Set", It, It, Either),
     ("admin.vm.Create.AppVM", It, Either, It),
     ("admin.vm.Create.DispVM", It, Either, It),
+    ("admin.vm.CreateDisposable", Either, No, Either),
     ("admin.vm.CurrentState", Either, No, No),
     ("admin.vm.Kill", No, No, No),
     ("admin.vm.List", Either, No, No),
+    ("admin.vm.Pause", No, No, No),
     ("admin.vm.Remove", No, No, No),
+    ("admin.vm.Shutdown", No, Either, No),
+    ("admin.vm.Start", No, No, No),
+    ("admin.vm.Unpause", No, No, No),
     ("admin.vm.feature.CheckWithAdminVM", Either, It, No),
     ("admin.vm.feature.CheckWithNetvm", Either, It, No),
     ("admin.vm.feature.CheckWithTemplate", Either, It, No),
@@ -122,6 +128,17 @@ const METHODS: [(&str, Wants, Wants, Wants); 52] = [
     ("admin.vm.device.block.List", Either, Either, No),
     ("admin.vm.device.pci.List", Either, Either, No),
 ];
+
+/// Whether the call waits for a guest.
+pub(super) fn takes_long(request: &Request) -> bool {
+    matches!(request.method.as_str(), "admin.vm.Kill" | "admin.vm.Shutdown" | "admin.vm.Start")
+}
+
+/// Whether qubes have come, gone, started or ended after this call.
+pub(super) fn makes_or_ends(method: &str) -> bool {
+    let lives = ["CreateDisposable", "Kill", "Pause", "Remove", "Shutdown", "Start", "Unpause"];
+    method.strip_prefix("admin.vm.").is_some_and(|what| what.starts_with("Create.") || lives.contains(&what))
+}
 
 fn check_call(world: &World<'_>, request: &Request) -> Answer<()> {
     world.vm(&request.source)?;
@@ -165,21 +182,21 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
             ("firewall", what) => rules(world, &vm, what, &request.payload),
             ("notes", what) => notes(world, &vm, what, &request.payload),
             ("device", _) => Ok(String::new()),
-            ("Create", "AppVM") => {
-                done(lives::create_app(context, &request.source, argument, &request.payload))
-            }
-            ("Create", class) => Err(exception(
-                Kind::NotImplemented,
-                format!("{class}s with a record of their own are not kept yet"),
-            )),
+            ("Create", "AppVM") => done(create::app(context, &request.source, argument, &request.payload)),
+            ("Create", "DispVM") => done(create::named(context, &request.source, argument, &request.payload)),
             _ => Err(silent("no such method")),
         };
     }
     match method {
         "List" => list(world, &vm),
+        "CreateDisposable" => create::disposable(context, &request.source, &vm, &request.payload),
         "CurrentState" => current_state(world, &vm),
         "Remove" => done(lives::remove(context, &vm.name)),
         "Kill" => done(lives::kill(context, &vm.name)),
+        "Pause" => done(lives::pause(context, &vm.name)),
+        "Shutdown" => done(lives::shutdown(context, &vm.name, argument)),
+        "Start" => done(lives::start(context, &vm.name)),
+        "Unpause" => done(lives::unpause(context, &vm.name)),
         _ => Err(silent("no such method")),
     }
 }

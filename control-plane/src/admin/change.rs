@@ -127,6 +127,8 @@ fn record(world: &World<'_>, vm: &Vm, property: &Property, value: &str) -> Answe
             ("template_for_dispvms", Class::AppVM(dvm)) => {
                 dvm.template_for_dispvms = value == bool_text(true);
             }
+            ("template", Class::DispVM(own)) => own.template = value.to_owned(),
+            ("auto_cleanup", Class::DispVM(own)) => own.auto_cleanup = value == bool_text(true),
             _ => {}
         }
         Ok(())
@@ -183,7 +185,10 @@ fn check(world: &World<'_>, subject: Subject<'_>, property: &Property, value: &s
         ("kernelopts", Some(vm)) if !matches!(vm.kind, VmKind::Template(_)) => {
             Err(wrong(property, "it is that of the template, set it there"))
         }
-        ("memory" | "vcpus" | "template", Some(vm)) if matches!(vm.kind, VmKind::Disp(_)) => {
+        ("template" | "auto_cleanup", Some(vm)) if matches!(vm.kind, VmKind::Disp(_)) => {
+            Err(wrong(property, "it cannot be changed of a disposable without a record of its own"))
+        }
+        ("memory" | "vcpus", Some(vm)) if matches!(vm.kind, VmKind::Disp(_) | VmKind::Named(_)) => {
             Err(wrong(property, "a disposable has its template's"))
         }
         ("memory", _) if !MEMORY_MIB.contains(&number) => Err(wrong(property, "it is out of range")),
@@ -199,16 +204,20 @@ fn check(world: &World<'_>, subject: Subject<'_>, property: &Property, value: &s
         ("template", Some(vm)) => check_template(world, vm, property, value),
         ("template_for_dispvms", Some(vm)) if value != bool_text(true) => check_not_a_template(world, vm),
         ("default_dispvm" | "management_dispvm", _) if !value.is_empty() => {
-            match world.value(&*world.vm(value)?, "template_for_dispvms")? == bool_text(true) {
-                true => Ok(()),
-                false => Err(wrong(property, &format!("{value} has no template_for_dispvms"))),
-            }
+            check_for_dispvms(world, property, value)
         }
         ("default_template", None) if !value.is_empty() => check_is_template(world, property, value),
         ("netvm", Some(vm)) if !value.is_empty() => check_netvm(world, vm, property, value),
         ("default_netvm", None) if !value.is_empty() => check_provides_network(world, property, value),
         ("provides_network", Some(vm)) if value != bool_text(true) => check_no_clients(world, vm),
         _ => Ok(()),
+    }
+}
+
+fn check_for_dispvms(world: &World<'_>, property: &Property, value: &str) -> Answer<()> {
+    match world.find(value)?.map(|vm| world.value(&vm, "template_for_dispvms")).transpose()? {
+        Some(answer) if answer == bool_text(true) => Ok(()),
+        _ => Err(wrong(property, &format!("{value} has no template_for_dispvms"))),
     }
 }
 
@@ -220,9 +229,13 @@ fn check_is_template(world: &World<'_>, property: &Property, value: &str) -> Ans
 }
 
 fn check_template(world: &World<'_>, vm: &Vm, property: &Property, value: &str) -> Answer<()> {
-    check_is_template(world, property, value)?;
+    match vm.kind {
+        VmKind::Named(_) => check_for_dispvms(world, property, value)?,
+        _ => check_is_template(world, property, value)?,
+    }
     let runs = world.running_itself(&vm.name)?.is_some();
-    match runs || !world.disposables_of(&vm.name)?.is_empty() {
+    let living = world.disposables()?.any(|clone| clone.dvm == vm.name && !world.is_spare_clone(clone));
+    match runs || living {
         true => Err(exception(
             Kind::VmNotHalted,
             format!("Cannot change the template of {} while it or disposables based on it run", vm.name),
@@ -233,8 +246,7 @@ fn check_template(world: &World<'_>, vm: &Vm, property: &Property, value: &str) 
 
 /// T3: a DVM template in use stays one.
 fn check_not_a_template(world: &World<'_>, vm: &Vm) -> Answer<()> {
-    let running = world.disposables_of(&vm.name)?;
-    let mut users: Vec<String> = running.iter().map(|clone| clone.name.clone()).collect();
+    let mut users = world.disposables_of(&vm.name)?;
     users.extend(properties::naming(world.system()?, &vm.name));
     for other in world.all()? {
         let names_it =

@@ -104,7 +104,9 @@ fn differences(before: &BTreeMap<String, Seen>, now: &BTreeMap<String, Seen>) ->
     let mut events = Vec::new();
     for (name, was) in before {
         if now.get(name).is_none_or(|is| is.uuid != was.uuid) {
-            events.extend((was.state != "Halted").then(|| Event::new(name, "domain-shutdown")));
+            events.extend(
+                (!matches!(was.state, "Halted" | "Transient")).then(|| Event::new(name, "domain-shutdown")),
+            );
             events.push(Event::new("", "domain-delete").detail("vm", name));
         }
     }
@@ -115,6 +117,8 @@ fn differences(before: &BTreeMap<String, Seen>, now: &BTreeMap<String, Seen>) ->
         }
         let what = match (was.map_or("Halted", |was| was.state), is.state) {
             (was, is) if was == is => continue,
+            // It is being started, or could not be.
+            (_, "Transient") | ("Transient", "Halted") => continue,
             ("Paused", "Running") => "domain-unpaused",
             (_, "Running") => "domain-start",
             (_, "Paused") => "domain-paused",

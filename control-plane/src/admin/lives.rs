@@ -1,105 +1,29 @@
-//! Qubes made, removed and killed.
+//! Qubes removed, started, paused and ended.
+//!
+//! Checks, their order, exceptions and events as in QubesOS/qubes-core-admin `qubes/vm/qubesvm.py` (start, shutdown, kill, pause, unpause)
+//! and `qubes/vm/mix/net.py` (on_domain_pre_shutdown), R4.2. No lock is held while a qube starts or ends.
 
-use std::fs::File;
-use std::io::Read;
 use std::time::{Duration, Instant};
 
-use admin_api::lines::pairs;
-use admin_api::Kind;
+use admin_api::{Event, Kind};
 
-use super::answer::{enforce, exception, silent, Answer};
+use super::answer::{enforce, exception, silent, Answer, Refusal};
 use super::properties;
-use super::settings::{self, Owner, Settings};
-use super::world::{uuid_text, Context, Vm, VmKind, World};
+use super::settings;
+use super::world::{Context, Vm, VmKind, World};
+use crate::calls;
+use crate::calls::message::Control;
 use crate::clones::{self, CloneRecord};
 use crate::daemon::client;
 use crate::error::Error;
-use crate::qube::{check_name, Dvm, LABELS};
+use crate::output::error_text;
 use crate::templates;
 
-/// Volumes of a new AppVM in MiB, as `dispvm-qube add-dvm` makes them.
-const PRIVATE_MIB: u64 = 2048;
-const VOLATILE_MIB: u64 = 1024;
 /// Ending a clone is some milliseconds' work, unless its keeper is at a spill, whose steps have 20 s each.
 const KILL_LIMIT: Duration = Duration::from_secs(30);
-const KILL_POLL: Duration = Duration::from_millis(5);
-
-/// Makes an AppVM (`admin.vm.Create.AppVM+TEMPLATE`, payload `name=NAME label=LABEL`).
-pub(super) fn create_app(context: &Context, source: &str, template: &str, payload: &[u8]) -> Answer<()> {
-    let (name, label) = name_and_label(payload)?;
-    check_name(&name).map_err(|_| exception(Kind::Value, format!("Illegal qube name: {name:?}")))?;
-    if !LABELS.contains(&label.as_str()) {
-        return Err(exception(Kind::LabelNotFound, format!("Invalid label: {label:?}")));
-    }
-    let _lock = settings::lock(&context.state)?;
-    let world = World::new(context);
-    let template = match template {
-        "" => world.system_value("default_template")?,
-        template => template.to_owned(),
-    };
-    if template.is_empty() {
-        return Err(exception(
-            Kind::NoTemplate,
-            "Template for this domain not found: there is no default_template",
-        ));
-    }
-    // A template that is not there is not this caller's to ask about.
-    let based_on = world.find(&template)?.ok_or_else(|| silent("a template that is not there"))?;
-    if !matches!(based_on.kind, VmKind::Template(_)) {
-        return Err(exception(Kind::Value, format!("{template} is no TemplateVM")));
-    }
-    // A disposable's name, free now, may be drawn at any time.
-    let is_drawn = name.strip_prefix("disp").is_some_and(|rest| rest.parse::<u16>().is_ok());
-    if is_drawn || name == admin_api::ADMIN_VM || world.find(&name)?.is_some() {
-        return Err(exception(Kind::VmAlreadyExists, format!("VM {name} already exists")));
-    }
-    let number =
-        |property: &str| world.value(&based_on, property).map(|text| text.parse().unwrap_or_default());
-    let dvm = Dvm {
-        template,
-        template_for_dispvms: false,
-        memory_mib: number("memory")?,
-        vcpus: number("vcpus")? as u32,
-        net: "none".to_owned(),
-        private_mib: PRIVATE_MIB,
-        private_generation: 1,
-        private_id: String::new(),
-        volatile_mib: VOLATILE_MIB,
-        spares: None,
-        savefile: None,
-    };
-    templates::add_dvm(&context.state, &name, &label, dvm)?;
-    let mut settings = Settings { uuid: Some(draw_uuid()?), ..Settings::default() };
-    settings.tags.insert(format!("created-by-{source}"));
-    let saved = settings.save(&context.state, &Owner::Qube(name.clone()));
-    saved.inspect_err(|_| drop(templates::remove(&context.state, &name)))?;
-    client::changed(&context.state);
-    Ok(())
-}
-
-fn name_and_label(payload: &[u8]) -> Answer<(String, String)> {
-    let text = std::str::from_utf8(payload).ok().filter(|text| text.is_ascii());
-    let text = text.ok_or_else(|| silent("parameters that are no ASCII text"))?;
-    let all: Vec<(&str, &str)> = pairs(text, ' ').collect();
-    enforce(all.len() == text.split(' ').count(), "parameters without values")?;
-    enforce(all.iter().all(|(key, _)| matches!(*key, "name" | "label")), "unknown parameters")?;
-    let one = |wanted: &str| {
-        let mut found = all.iter().filter(|(key, _)| *key == wanted).map(|(_, value)| value.to_string());
-        match (found.next(), found.next()) {
-            (Some(value), None) => Ok(value),
-            _ => Err(silent(format!("not one {wanted}"))),
-        }
-    };
-    Ok((one("name")?, one("label")?))
-}
-
-fn draw_uuid() -> Answer<String> {
-    let mut bytes = [0; 16];
-    File::open("/dev/urandom")
-        .and_then(|mut random| random.read_exact(&mut bytes))
-        .map_err(Error::failed("draw a UUID"))?;
-    Ok(uuid_text(&bytes))
-}
+const END_POLL: Duration = Duration::from_millis(5);
+/// Where its property cannot be read as one.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(60);
 
 /// Removes a qube that is halted and that nothing names.
 pub(super) fn remove(context: &Context, name: &str) -> Answer<()> {
@@ -139,34 +63,149 @@ fn users(world: &World<'_>, vm: &Vm) -> Answer<Vec<String>> {
 pub(super) fn kill(context: &Context, name: &str) -> Answer<()> {
     let world = World::new(context);
     let vm = world.vm(name)?;
-    let clone = match &vm.kind {
-        VmKind::Disp(clone) => Some(clone),
-        VmKind::Admin => return Err(silent("dom0 is not killed")),
-        VmKind::App(_) | VmKind::Template(_) => world.running_itself(&vm.name)?,
-    };
-    let clone =
-        clone.ok_or_else(|| exception(Kind::VmNotStarted, format!("Domain is powered off: {name:?}")))?;
-    end(context, clone)
+    if matches!(vm.kind, VmKind::Admin) {
+        return Err(silent("dom0 is not killed"));
+    }
+    let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
+    end(context, clone)?;
+    // Of one that was killed in its first moments, the record that was to go with it is left.
+    Ok(clones::sweep(&context.state)?)
+}
+
+/// Starts a qube and waits until its agent is up.
+pub(super) fn start(context: &Context, name: &str) -> Answer<()> {
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    let not_halted = || exception(Kind::VmNotHalted, format!("Domain is not powered off: {:?}", vm.name));
+    if world.power_state(&vm)? != "Halted" {
+        return Err(not_halted());
+    }
+    let tell = |event: Event| context.events.fire(&event);
+    tell(Event::new(&vm.name, "domain-pre-start").detail("start_guid", "True"));
+    match client::start(&context.state, &vm.name) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(not_halted()),
+        Err(error) => {
+            let reason = error_text(&error);
+            tell(Event::new(&vm.name, "domain-start-failed").detail("reason", &reason));
+            Err(exception(Kind::QubesException, reason))
+        }
+    }
+}
+
+/// Asks a qube to shut down (`force`: also if others have their network from it; `wait`: until it has).
+pub(super) fn shutdown(context: &Context, name: &str, flags: &str) -> Answer<()> {
+    let flags: Vec<&str> = flags.split('+').filter(|flag| !flag.is_empty()).collect();
+    enforce(flags.iter().all(|flag| matches!(*flag, "force" | "wait")), "unknown flags")?;
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
+    refuse_spare(&world, &vm)?;
+    if !flags.contains(&"force") {
+        check_no_clients(&world, &vm)?;
+    }
+    let limit = world.value(&vm, "shutdown_timeout")?.parse().map_or(SHUTDOWN_LIMIT, Duration::from_secs);
+    context.events.fire(&Event::new(&vm.name, "domain-pre-shutdown"));
+    let asked = calls::client::control(&context.state, &vm.name, Control::Shutdown).map_err(Refusal::from);
+    let done = asked.and_then(|()| match flags.contains(&"wait") {
+        true if !await_end(context, clone, limit)? => {
+            Err(exception(Kind::VmShutdownTimeout, format!("Domain shutdown timed out: {:?}", vm.name)))
+        }
+        _ => Ok(()),
+    });
+    done.inspect_err(|refusal| {
+        let reason = refusal.to_string();
+        context.events.fire(&Event::new(&vm.name, "domain-shutdown-failed").detail("reason", reason));
+    })
+}
+
+fn check_no_clients(world: &World<'_>, vm: &Vm) -> Answer<()> {
+    let mut clients = Vec::new();
+    for other in world.all()? {
+        if world.power_state(&other)? != "Halted" && world.value(&other, "netvm")? == vm.name {
+            clients.push(other.name.clone());
+        }
+    }
+    match clients.is_empty() {
+        true => Ok(()),
+        false => Err(exception(
+            Kind::VmInUse,
+            format!("There are other VMs connected to this VM: {}", clients.join(", ")),
+        )),
+    }
+}
+
+/// Stops a qube's CPUs.
+pub(super) fn pause(context: &Context, name: &str) -> Answer<()> {
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    if world.power_state(&vm)? != "Running" {
+        let why = format!("Domain not running (either powered off or paused): {:?}", vm.name);
+        return Err(exception(Kind::VmNotRunning, why));
+    }
+    Ok(calls::client::control(&context.state, &vm.name, Control::Pause)?)
+}
+
+/// Lets them run again.
+pub(super) fn unpause(context: &Context, name: &str) -> Answer<()> {
+    let world = World::new(context);
+    let vm = world.vm(name)?;
+    if world.power_state(&vm)? != "Paused" {
+        return Err(exception(Kind::VmNotPaused, format!("Domain is not paused: {:?}", vm.name)));
+    }
+    refuse_spare(&world, &vm)?;
+    Ok(calls::client::control(&context.state, &vm.name, Control::Unpause)?)
+}
+
+fn refuse_spare(world: &World<'_>, vm: &Vm) -> Answer<()> {
+    match world.is_spare(vm) {
+        true => Err(exception(
+            Kind::QubesException,
+            format!("{} is kept ready for whoever asks for a disposable next", vm.name),
+        )),
+        false => Ok(()),
+    }
+}
+
+fn not_started(name: &str) -> Refusal {
+    exception(Kind::VmNotStarted, format!("Domain is powered off: {name:?}"))
 }
 
 /// Whoever keeps a clone ends it on SIGTERM: its launcher as well as a keeper of dispvmd's.
 fn end(context: &Context, clone: &CloneRecord) -> Answer<()> {
-    let lives = || clones::list(&context.state).map(|clones| clones.contains(clone));
     let pid = rustix::process::Pid::from_raw(clone.pid as i32);
     let process =
         pid.and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
     // The record's lock is still held, so the process we have got hold of is the one that holds it.
-    if let Some(process) = process.filter(|_| lives().unwrap_or(false)) {
+    if let Some(process) = process.filter(|_| is_alive(context, clone).unwrap_or(false)) {
         rustix::process::pidfd_send_signal(process, rustix::process::Signal::TERM)
             .map_err(|error| Error::failed("end the clone's keeper")(std::io::Error::from(error)))?;
     }
-    let deadline = Instant::now() + KILL_LIMIT;
-    while lives()? {
-        if Instant::now() >= deadline {
+    match await_end(context, clone, KILL_LIMIT)? {
+        true => Ok(()),
+        false => {
             let why = format!("{} has not ended within {} s", clone.name, KILL_LIMIT.as_secs());
-            return Err(exception(Kind::Vm, why));
+            Err(exception(Kind::Vm, why))
         }
-        std::thread::sleep(KILL_POLL);
     }
-    Ok(())
+}
+
+/// Waits until a clone has gone; whether it has.
+fn await_end(context: &Context, clone: &CloneRecord, limit: Duration) -> Answer<bool> {
+    let deadline = Instant::now() + limit;
+    while is_alive(context, clone)? {
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(END_POLL);
+    }
+    Ok(true)
+}
+
+/// Whether this clone, and no later one of its name, lives.
+fn is_alive(context: &Context, clone: &CloneRecord) -> Answer<bool> {
+    let is_it = |other: &CloneRecord| {
+        (&other.name, other.started, other.pid) == (&clone.name, clone.started, clone.pid)
+    };
+    Ok(clones::list(&context.state)?.iter().any(is_it))
 }

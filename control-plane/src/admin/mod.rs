@@ -4,8 +4,8 @@
 //! - **records**: `settings` (what is set by hand, one file a qube and one for the system) beside the qubes' own ([`crate::qube`]);
 //! - **reading**: `world` (the qubes of one moment), `properties` (what each class has, and what holds where nothing is set),
 //!   `features`, `firewall`, `volumes`;
-//! - **changing**: `change` (properties), `features`, `lives` (create, remove, kill);
-//! - **serving**: `api` (method by method), `events`, [`server`] (the socket).
+//! - **changing**: `change` (properties), `features`, `create`, `lives` (remove, start, end);
+//! - **serving**: `api` (method by method), `events`, `lobby` (room for callers), [`server`] (the socket).
 //!
 //! Invariants:
 //! - The disk is the truth: each request reads the records it needs, and nothing is remembered between two
@@ -20,12 +20,17 @@
 mod answer;
 mod api;
 mod change;
+mod create;
 mod events;
 mod features;
 mod firewall;
 mod lives;
+mod lobby;
 pub mod properties;
 pub mod server;
 pub mod settings;
+mod system_info;
 mod volumes;
 mod world;
+
+pub use system_info::system_info;

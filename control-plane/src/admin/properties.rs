@@ -4,10 +4,12 @@
 //! dvmtemplate}.py` and `qubes/app.py` (R4.2, R4.3). What differs there by the nature of the engine is said in docs/admin-api.md.
 
 use admin_api::lines::{bool_text, Property as Value, Type};
+use engine::identity::CLONE_NUMBERS;
 
 use super::answer::Answer;
 use super::settings::System;
 use super::world::{Vm, VmKind, World};
+use crate::clones;
 
 const ADMIN: u8 = 1;
 const TEMPLATE: u8 = 2;
@@ -71,7 +73,7 @@ const fn property(name: &'static str, kind: Type, on: u8, place: Place, help: &'
 #[rustfmt::skip]
 static PROPERTIES: [Property; 49] = [
     property("audiovm", Type::Vm, GUESTS, Settings(Otherwise::System("default_audiovm")), "Qube that plays its sound."),
-    property("auto_cleanup", Type::Bool, DISP, Computed, "Whether it is removed when it has shut down."),
+    property("auto_cleanup", Type::Bool, DISP, Record(Fixed("False")), "Whether it is removed when it has shut down."),
     property("autostart", Type::Bool, GUESTS, Settings(Fixed("False")), "Whether it is started with the system."),
     property("debug", Type::Bool, GUESTS, Settings(Fixed("False")), "Whether debugging features are on."),
     property("default_dispvm", Type::Vm, ADMIN | GUESTS, Settings(Rule), "Template of disposables made for it."),
@@ -131,7 +133,7 @@ pub(super) fn of(subject: Subject<'_>) -> impl Iterator<Item = &'static Property
         Some(VmKind::Admin) => ADMIN,
         Some(VmKind::Template(_)) => TEMPLATE,
         Some(VmKind::App(_)) => APP,
-        Some(VmKind::Disp(_)) => DISP,
+        Some(VmKind::Disp(_) | VmKind::Named(_)) => DISP,
     };
     PROPERTIES.iter().filter(move |property| property.on & on != 0)
 }
@@ -198,9 +200,12 @@ impl World<'_> {
     fn rule(&self, subject: Subject<'_>, name: &str) -> Answer<String> {
         let Some(vm) = subject else { return Ok(String::new()) };
         Ok(match (name, &vm.kind) {
-            ("default_dispvm", VmKind::Disp(clone)) => clone.dvm.clone(),
+            ("default_dispvm", VmKind::Disp(_) | VmKind::Named(_)) => {
+                vm.template().unwrap_or_default().to_owned()
+            }
             ("default_dispvm", _) => self.system_value("default_dispvm")?,
             ("include_in_backups", VmKind::Disp(_)) => bool_text(false).to_owned(),
+            ("include_in_backups", VmKind::Named(own)) => bool_text(!own.auto_cleanup).to_owned(),
             ("include_in_backups", _) => bool_text(true).to_owned(),
             // A template's updates go through a proxy.
             ("netvm", VmKind::Template(_)) => String::new(),
@@ -218,6 +223,8 @@ impl World<'_> {
             ("kernelopts", VmKind::Template(template)) => template.cmdline.clone(),
             ("memory", VmKind::App(dvm)) => dvm.memory_mib.to_string(),
             ("vcpus", VmKind::App(dvm)) => dvm.vcpus.to_string(),
+            ("auto_cleanup", VmKind::Disp(_)) => bool_text(true).to_owned(),
+            ("auto_cleanup", VmKind::Named(own)) => bool_text(own.auto_cleanup).to_owned(),
             ("template_for_dispvms", VmKind::App(dvm)) => bool_text(dvm.template_for_dispvms).to_owned(),
             // What a template has of these is what those on it begin with.
             ("memory" | "vcpus", VmKind::Template(_)) => match vm.settings.properties.get(property.name) {
@@ -239,14 +246,20 @@ impl World<'_> {
             "uuid" => vm.uuid(),
             "icon" => icon(vm),
             "updateable" => bool_text(vm.template().is_none()).to_owned(),
-            "dispid" => vm.name.strip_prefix("disp").unwrap_or_default().to_owned(),
+            "dispid" => dispid(&vm.name).to_string(),
             "is_preload" => bool_text(self.is_spare(vm)).to_owned(),
-            "auto_cleanup" => bool_text(true).to_owned(),
             "maxmem" => "0".to_owned(),
             "virt_mode" => "pvh".to_owned(),
             _ => String::new(),
         })
     }
+}
+
+/// The number in a disposable's name; one with a name of the user's has one that follows from it.
+fn dispid(name: &str) -> u32 {
+    let [first, second, ..] = *blake3::hash(name.as_bytes()).as_bytes();
+    let drawn = u32::from(u16::from_le_bytes([first, second])) % CLONE_NUMBERS;
+    clones::number_of(name).map_or(drawn, |number| number.get())
 }
 
 fn icon(vm: &Vm) -> String {
@@ -255,14 +268,14 @@ fn icon(vm: &Vm) -> String {
         VmKind::Template(_) => "templatevm",
         VmKind::App(dvm) if dvm.template_for_dispvms => "templatevm",
         VmKind::App(_) => "appvm",
-        VmKind::Disp(_) => "dispvm",
+        VmKind::Disp(_) | VmKind::Named(_) => "dispvm",
     };
     format!("{prefix}-{}", vm.label)
 }
 
 /// Whether a value that cannot be set counts as the default one: those that say what the qube is do not.
 fn is_a_default(name: &str) -> bool {
-    !matches!(name, "name" | "uuid" | "dispid" | "auto_cleanup")
+    !matches!(name, "name" | "uuid" | "dispid")
 }
 
 /// What was set of the system that names this qube, and must not while it is removed.

@@ -95,6 +95,14 @@ impl Settings {
         load(&owner.path(state))
     }
 
+    /// What the disposables of a template with these begin with.
+    pub fn of_its_disposables(&self) -> Settings {
+        let Settings { tags, firewall, mut properties, mut features, .. } = self.clone();
+        properties.retain(|name, _| name != "template" && name != "template_for_dispvms");
+        features.retain(|name, _| !name.starts_with("preload-dispvm"));
+        Settings { tags, firewall, properties, features, ..Settings::default() }
+    }
+
     /// Writes them.
     pub fn save(&self, state: &State, owner: &Owner) -> Result<()> {
         if matches!(owner, Owner::Disposable(..)) {

@@ -31,7 +31,9 @@ struct Volume {
 pub(super) fn names(vm: &Vm) -> &'static [&'static str] {
     match vm.kind {
         VmKind::Admin => &[],
-        VmKind::Template(_) | VmKind::App(_) | VmKind::Disp(_) => &["root", "private", "volatile", "kernel"],
+        VmKind::Template(_) | VmKind::App(_) | VmKind::Disp(_) | VmKind::Named(_) => {
+            &["root", "private", "volatile", "kernel"]
+        }
     }
 }
 
@@ -100,7 +102,7 @@ fn find(world: &World<'_>, vm: &Vm, name: &str) -> Answer<Volume> {
     let name = known.ok_or_else(|| silent("no such volume"))?;
     // What a disposable starts from is its template's.
     let based_on = match &vm.kind {
-        VmKind::Disp(clone) => Some(world.vm(&clone.dvm)?),
+        VmKind::Disp(_) | VmKind::Named(_) => vm.template().map(|dvm| world.vm(dvm)).transpose()?,
         _ => None,
     };
     let here = based_on.as_deref().unwrap_or(vm);

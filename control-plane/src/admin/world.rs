@@ -11,11 +11,11 @@ use admin_api::{Kind as Exceptions, ADMIN_VM};
 use super::answer::{exception, Answer};
 use super::events::Hub;
 use super::settings::{Owner, Settings, System};
-use crate::clones::{self, CloneRecord, Keeping};
+use crate::clones::{self, CloneRecord, Keeping, Power};
 use crate::daemon::client;
 use crate::error::{Kind, Result};
-use crate::qube::{check_name, Class, Dvm, Qube, Template};
-use crate::state::{self, State};
+use crate::qube::{Class, Disposable, Dvm, Qube, Template};
+use crate::state::State;
 
 /// How long what the daemon said of its spares holds: it is asked by `qvm-ls` once a qube otherwise.
 const SPARES_KNOWN: Duration = Duration::from_millis(500);
@@ -70,6 +70,8 @@ pub(super) enum VmKind {
     App(Dvm),
     /// A disposable that runs, or is kept ready.
     Disp(CloneRecord),
+    /// A disposable that has a record of its own, whether it runs or not.
+    Named(Disposable),
 }
 
 impl Vm {
@@ -78,7 +80,7 @@ impl Vm {
             VmKind::Admin => "AdminVM",
             VmKind::Template(_) => "TemplateVM",
             VmKind::App(_) => "AppVM",
-            VmKind::Disp(_) => "DispVM",
+            VmKind::Disp(_) | VmKind::Named(_) => "DispVM",
         }
     }
 
@@ -87,6 +89,7 @@ impl Vm {
         match &self.kind {
             VmKind::App(dvm) => Some(&dvm.template),
             VmKind::Disp(clone) => Some(&clone.dvm),
+            VmKind::Named(disposable) => Some(&disposable.template),
             VmKind::Admin | VmKind::Template(_) => None,
         }
     }
@@ -173,6 +176,9 @@ impl<'a> World<'a> {
                 with(&label, VmKind::Template(template), owner)
             }
             Ok(Qube { label, class: Class::AppVM(dvm), .. }) => with(&label, VmKind::App(dvm), owner),
+            Ok(Qube { label, class: Class::DispVM(disposable), .. }) => {
+                with(&label, VmKind::Named(disposable), owner)
+            }
             Err(error) if error.kind == Kind::Usage => {
                 let Some(clone) = self.disposables()?.find(|clone| clone.name == name).cloned() else {
                     return Ok(None);
@@ -194,13 +200,11 @@ impl<'a> World<'a> {
     /// The settings a disposable begins with: its template's, not its caller's. From the first change on it has its own.
     fn begins_with(&self, clone: &CloneRecord) -> Result<Settings> {
         let Some(dvm) = self.find(&clone.dvm)? else { return Ok(Settings::default()) };
-        let Settings { tags, firewall, mut properties, mut features, .. } = dvm.settings.clone();
-        properties.retain(|name, _| name != "template" && name != "template_for_dispvms");
-        features.retain(|name, _| !name.starts_with("preload-dispvm"));
+        let mut settings = dvm.settings.of_its_disposables();
         if self.context.is_spare(clone) {
-            features.insert("internal".to_owned(), "1".to_owned());
+            settings.features.insert("internal".to_owned(), "1".to_owned());
         }
-        Ok(Settings { tags, firewall, properties, features, ..Settings::default() })
+        Ok(settings)
     }
 
     /// All names, dom0's first.
@@ -234,48 +238,51 @@ impl<'a> World<'a> {
 
     /// The disposables that run or are kept ready.
     pub(super) fn disposables(&self) -> Result<impl Iterator<Item = &CloneRecord>> {
-        Ok(self.clones()?.iter().filter(|clone| !self.is_a_qube_itself(clone)))
+        Ok(self.clones()?.iter().filter(|clone| clone.qube.is_none()))
     }
 
-    /// The disposables of a template that are somebody's.
-    pub(super) fn disposables_of(&self, dvm: &str) -> Result<Vec<&CloneRecord>> {
-        let all = self.disposables()?;
-        Ok(all.filter(|clone| clone.dvm == dvm && !self.context.is_spare(clone)).collect())
+    /// The names of a template's disposables that are somebody's, those with a record that do not run among them.
+    pub(super) fn disposables_of(&self, dvm: &str) -> Result<Vec<String>> {
+        let living = self.disposables()?.filter(|clone| clone.dvm == dvm && !self.context.is_spare(clone));
+        let mut names: Vec<String> = living.map(|clone| clone.name.clone()).collect();
+        let all = self.all()?.into_iter();
+        let named = all.filter(|vm| matches!(&vm.kind, VmKind::Named(own) if own.template == dvm));
+        names.extend(named.map(|vm| vm.name.clone()));
+        Ok(names)
     }
 
     /// The process in which a qube runs itself.
     pub(super) fn running_itself(&self, name: &str) -> Result<Option<&CloneRecord>> {
-        Ok(self.clones()?.iter().find(|clone| clone.dvm == name && self.is_a_qube_itself(clone)))
+        Ok(self.clones()?.iter().find(|clone| clone.qube.as_deref() == Some(name)))
     }
 
-    /// Whether the record is of a qube that runs to be changed ([`crate::start`]), and of no disposable made from it: then its
-    /// lock is held, and the record is of the command that holds it.
-    fn is_a_qube_itself(&self, clone: &CloneRecord) -> bool {
-        if clone.keeping != Keeping::Launcher
-            || !clone.root_hash.is_empty()
-            || check_name(&clone.dvm).is_err()
-        {
-            return false;
+    /// The process in which it runs, whatever it is.
+    pub(super) fn running<'b>(&'b self, vm: &'b Vm) -> Result<Option<&'b CloneRecord>> {
+        match &vm.kind {
+            VmKind::Disp(clone) => Ok(Some(clone)),
+            _ => self.running_itself(&vm.name),
         }
-        let command = std::fs::read_to_string(format!("/proc/{}/comm", clone.pid)).unwrap_or_default();
-        let lock = self.state.qube(&clone.dvm).join("start.lock");
-        command.trim_end() == "dispvm-qube" && lock.exists() && state::is_locked(&lock).unwrap_or(false)
+    }
+
+    pub(super) fn is_spare_clone(&self, clone: &CloneRecord) -> bool {
+        self.context.is_spare(clone)
     }
 
     pub(super) fn is_spare(&self, vm: &Vm) -> bool {
         matches!(&vm.kind, VmKind::Disp(clone) if self.context.is_spare(clone))
     }
 
-    /// `Running`, `Paused` or `Halted`.
+    /// `Running`, `Paused`, `Transient` (it is being started) or `Halted`.
     pub(super) fn power_state(&self, vm: &Vm) -> Result<&'static str> {
-        Ok(match &vm.kind {
-            VmKind::Admin => "Running",
-            VmKind::Disp(clone) if self.context.is_spare(clone) => "Paused",
-            VmKind::Disp(_) => "Running",
-            VmKind::Template(_) | VmKind::App(_) => match self.running_itself(&vm.name)? {
-                Some(_) => "Running",
-                None => "Halted",
-            },
+        if matches!(vm.kind, VmKind::Admin) {
+            return Ok("Running");
+        }
+        Ok(match self.running(vm)?.map(|clone| clone.power) {
+            Some(_) if self.is_spare(vm) => "Paused",
+            Some(Power::Running) => "Running",
+            Some(Power::Paused) => "Paused",
+            Some(Power::Starting) => "Transient",
+            None => "Halted",
         })
     }
 }

@@ -12,7 +12,7 @@ use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher;
 use control_plane::output::bytes_text;
 use control_plane::qube::{Class, Dvm, Qube};
-use control_plane::start;
+use control_plane::run::{self, Overrides};
 use control_plane::state::State;
 use control_plane::templates::{self, TemplateFiles};
 use qrexec::{Exec, User};
@@ -207,15 +207,13 @@ fn run_qube(state: &State, start: Start) -> Result<u8> {
         RunAs::Root => User::Root,
     };
     exec.validate().map_err(|error| Error::new(Kind::Usage, "the command cannot be sent").because(error))?;
-    let request = start::Request {
+    let request = run::command::Request {
         name: start.name,
         exec,
-        memory_mib: start.memory,
-        vcpus: start.vcpus,
-        net: start.net,
+        instead: Overrides { memory_mib: start.memory, vcpus: start.vcpus, net: start.net },
         rebuild: !start.no_rebuild,
     };
-    start::run(state, &machine()?, request, &|text| eprintln!("dispvm-qube: {text}"))
+    run::command::run(state, &machine()?, request, &|text| eprintln!("dispvm-qube: {text}"))
 }
 
 fn line(qube: &Qube) -> String {
@@ -231,5 +229,8 @@ fn line(qube: &Qube) -> String {
             "{:20} AppVM      {:8} on {}, {} MiB, {} vCPUs, net {}",
             qube.name, qube.label, dvm.template, dvm.memory_mib, dvm.vcpus, dvm.net
         ),
+        Class::DispVM(disposable) => {
+            format!("{:20} DispVM     {:8} made from {}", qube.name, qube.label, disposable.template)
+        }
     }
 }

@@ -10,6 +10,7 @@ use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
 use control_plane::daemon::protocol::Status;
 use control_plane::daemon::{client, keeper, server};
 use control_plane::error::{Error, Kind, Result};
+use control_plane::run::runner;
 use nix::sys::signal::{SigSet, Signal};
 
 /// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh.
@@ -50,6 +51,12 @@ enum Command {
         /// DVM template
         dvm: String,
     },
+    /// Run a qube until it ends (started by dispvmd itself, or by who wants the qube, with a socket as standard input)
+    #[command(hide = true)]
+    Runner {
+        /// Qube
+        name: String,
+    },
     /// Make the hot image of a savefile (started by dispvmd itself)
     #[command(hide = true)]
     Admit {
@@ -82,6 +89,7 @@ fn run(options: Options) -> Result<()> {
             server::run(&state, &machine()?, server::Options { spares: options.spares, age_max })
         }
         Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
+        Some(Command::Runner { name }) => runner::run(&state, &machine()?, &name, true),
         Some(Command::Keeper { dvm }) => keeper::run(&state, &machine()?, &dvm),
         Some(Command::Status { json }) => {
             let answered = client::status(&state)

@@ -15,7 +15,7 @@ use crate::agent_link::AgentLink;
 use crate::daemon::channel::Channel;
 use crate::session::SessionError;
 
-/// How long a command whose caller has gone may take to end after SIGTERM, before SIGKILL.
+/// How long a command may take to end after a signal that should end it, before SIGKILL.
 const TERM_LIMIT: Duration = Duration::from_secs(5);
 
 /// Which of a command's streams.
@@ -33,8 +33,8 @@ pub(super) enum Whose {
     Main,
     /// Somebody at the call socket.
     Caller(Channel),
-    /// Nobody any more. It gets SIGKILL then, if it is still there and has not had it.
-    Nobody { kill_at: Option<Instant> },
+    /// Nobody, or nobody any more.
+    Nobody,
 }
 
 /// See the module.
@@ -46,6 +46,10 @@ pub(super) struct Command {
     stdout: Output,
     stderr: Output,
     exit: Option<Exit>,
+    /// When it gets SIGKILL, if it is still there.
+    kill_at: Option<Instant>,
+    /// Whether it was told that nobody reads what it writes.
+    knows: bool,
     /// Whether it has said anything on stdout.
     pub(super) has_spoken: bool,
 }
@@ -74,6 +78,8 @@ impl Command {
             stdout: Output::new(None),
             stderr: Output::new(None),
             exit: None,
+            kill_at: None,
+            knows: false,
             has_spoken: false,
         }
     }
@@ -105,7 +111,7 @@ impl Command {
     pub(super) fn caller(&self) -> Option<BorrowedFd<'_>> {
         match &self.whose {
             Whose::Caller(channel) => Some(channel.as_fd()),
-            Whose::Main | Whose::Nobody { .. } => None,
+            Whose::Main | Whose::Nobody => None,
         }
     }
 
@@ -118,10 +124,12 @@ impl Command {
                 self.has_spoken = true;
                 let credit = self.stdout.receive(bytes)?;
                 self.pay(Which::Stdout, credit, link)?;
+                self.tell_if_unread(Which::Stdout, link)?;
             }
             GuestFrame::Stderr { bytes, .. } => {
                 let credit = self.stderr.receive(bytes)?;
                 self.pay(Which::Stderr, credit, link)?;
+                self.tell_if_unread(Which::Stderr, link)?;
             }
             GuestFrame::StdoutEof { .. } if !self.is_main() => self.stdout.end(),
             GuestFrame::StderrEof { .. } if !self.is_main() => self.stderr.end(),
@@ -133,7 +141,7 @@ impl Command {
         Ok(())
     }
 
-    /// Moves what a ready descriptor has, or takes. `Ok(false)`: nobody reads what the command writes.
+    /// Moves what a ready descriptor has, or takes. `Ok(false)`: nobody reads what the main command writes.
     pub(super) fn turn(
         &mut self,
         which: Which,
@@ -148,10 +156,40 @@ impl Command {
         };
         match output.write(flags, polled_used) {
             Wrote::On(credit) => self.pay(which, credit, link).map(|()| true),
-            Wrote::NoReader => Ok(false),
-            Wrote::Failed(_) if !self.is_main() => Ok(false),
-            Wrote::Failed(error) => Err(output_error(error)),
+            Wrote::NoReader if self.is_main() => Ok(false),
+            Wrote::Failed(error) if self.is_main() => Err(output_error(error)),
+            Wrote::NoReader | Wrote::Failed(_) => self.lose_reader(which, link).map(|()| true),
         }
+    }
+
+    /// What it writes from here on is thrown away; if it writes more, it is told.
+    fn lose_reader(&mut self, which: Which, link: &mut AgentLink) -> Result<(), SessionError> {
+        let output = if which == Which::Stdout { &mut self.stdout } else { &mut self.stderr };
+        let waited = !output.is_done();
+        let credit = output.close();
+        self.pay(which, credit, link)?;
+        if waited {
+            self.tell_if_unread(which, link)?;
+        }
+        Ok(())
+    }
+
+    /// As with a pipe, who writes what nobody reads gets SIGPIPE; and since it sees no error afterwards, SIGKILL if that does not end it.
+    fn tell_if_unread(&mut self, which: Which, link: &mut AgentLink) -> Result<(), SessionError> {
+        let output = if which == Which::Stdout { &self.stdout } else { &self.stderr };
+        if output.has_reader() || self.knows || self.caller().is_none() {
+            return Ok(());
+        }
+        self.knows = true;
+        self.end_by(Signal::SIGPIPE, link)
+    }
+
+    fn end_by(&mut self, signal: Signal, link: &mut AgentLink) -> Result<(), SessionError> {
+        self.kill_at.get_or_insert(Instant::now() + TERM_LIMIT);
+        if self.exit.is_none() {
+            link.queue(&HostFrame::Signal { stream: self.stream, signal: signal as u8 })?;
+        }
+        Ok(())
     }
 
     fn read(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
@@ -176,10 +214,8 @@ impl Command {
 
     /// Its caller has gone: it is told to end, and what it still writes is thrown away.
     pub(super) fn abandon(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
-        self.whose = Whose::Nobody { kill_at: Some(Instant::now() + TERM_LIMIT) };
-        if self.exit.is_none() {
-            link.queue(&HostFrame::Signal { stream: self.stream, signal: Signal::SIGTERM as u8 })?;
-        }
+        self.whose = Whose::Nobody;
+        self.end_by(Signal::SIGTERM, link)?;
         if self.stdin.close() {
             link.queue(&HostFrame::StdinEof { stream: self.stream })?;
         }
@@ -190,16 +226,13 @@ impl Command {
 
     /// When it has to be looked at again at the latest.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        match self.whose {
-            Whose::Nobody { kill_at } => kill_at,
-            Whose::Main | Whose::Caller(_) => None,
-        }
+        self.kill_at
     }
 
     /// Kills it, if it was told to end long enough ago.
     pub(super) fn kill_if_due(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
-        if self.deadline().is_some_and(|kill_at| kill_at <= Instant::now()) {
-            self.whose = Whose::Nobody { kill_at: None };
+        if self.kill_at.is_some_and(|kill_at| kill_at <= Instant::now()) {
+            self.kill_at = None;
             link.queue(&HostFrame::Signal { stream: self.stream, signal: Signal::SIGKILL as u8 })?;
         }
         Ok(())

@@ -43,6 +43,10 @@ impl Input {
         self.window.credit(bytes)
     }
 
+    pub(super) fn has_ended(&self) -> bool {
+        self.port.is_none()
+    }
+
     /// Nothing more is read. Says whether that is news.
     pub(super) fn close(&mut self) -> bool {
         self.port.take().is_some()
@@ -111,6 +115,11 @@ impl Output {
     /// Whether the reader has all that came.
     pub(super) fn is_done(&self) -> bool {
         self.pending.is_empty()
+    }
+
+    /// Whether what comes goes anywhere.
+    pub(super) fn has_reader(&self) -> bool {
+        self.port.is_some()
     }
 
     /// What comes from now on is thrown away. Answers the credit that is due for what waited.

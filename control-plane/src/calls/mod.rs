@@ -1,4 +1,4 @@
-//! qrexec calls on the host's side: into a guest that runs, by whoever holds it.
+//! qrexec calls on the host's side: into a guest that runs, by whoever holds it, and out of it.
 //!
 //! Who does what:
 //! - the **holder** of a guest ([`Exchange`]) has its agent's channel, and listens at the guest's *call socket*, ROOT/calls/NAME.sock. It carries the
@@ -8,6 +8,10 @@
 //! - what runs when a [`service`] is called, or a command line of qrexec's, is the same whoever calls;
 //! - of each command the holder has a [`command`](Command), whose streams ([`flow`]) go through descriptors ([`port`]) that never block it.
 //!
+//! And out of it ([`outgoing`]): for each call the holder starts `qrexec-policy-exec`, which asks the policy ([`decide`]), says what it has
+//! decided ([`verdict`]), and becomes what carries the call out ([`carry_out`]). So no text of a guest's is looked at in the holder but by the frame's
+//! parsing, and a call's exit status is that process's.
+//!
 //! Invariants:
 //! - a caller is root or our own user, and so is the folder's owner;
 //! - at most [`CALLS_MAX`] commands run at a time beside the main one; peers that say nothing have [`GREETING_LIMIT`];
@@ -16,20 +20,26 @@
 //! - frames of streams that are not there are dropped: they may have been under way when the stream ended.
 //!
 //! [`Exchange`]: exchange::Exchange
-//! [`CALLS_MAX`]: exchange::CALLS_MAX
-//! [`GREETING_LIMIT`]: exchange::GREETING_LIMIT
+//! [`CALLS_MAX`]: requests::CALLS_MAX
+//! [`GREETING_LIMIT`]: reception::GREETING_LIMIT
 //! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
 //! [`command`]: command::Command
 //! [`Command`]: command::Command
 
+pub mod carry_out;
 pub mod client;
 mod command;
+pub mod decide;
 pub mod exchange;
 mod flow;
 pub mod message;
+pub mod outgoing;
 mod port;
 pub mod programs;
+pub mod reception;
+pub mod requests;
 pub mod service;
+pub mod verdict;
 mod watch;
 
 pub use exchange::Exchange;

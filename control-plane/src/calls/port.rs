@@ -42,6 +42,13 @@ impl Port {
         Port::of(fd, OFlags::WRONLY)
     }
 
+    /// A descriptor that nobody else has.
+    pub(super) fn own(fd: OwnedFd) -> io::Result<Port> {
+        let flags = rustix::fs::fcntl_getfl(&fd)?;
+        rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
+        Ok(Port { fd, kind: Kind::Free })
+    }
+
     fn of(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Port> {
         let kind = match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
             FileType::Socket => Kind::Socket,

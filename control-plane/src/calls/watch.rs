@@ -23,13 +23,6 @@ impl<'a, S> Watch<'a, S> {
         self.sources.push(source);
     }
 
-    /// Adds what has something to wait for.
-    pub(super) fn add_if(&mut self, source: S, interest: Option<(BorrowedFd<'a>, PollFlags)>) {
-        if let Some((fd, flags)) = interest {
-            self.add(source, fd, flags);
-        }
-    }
-
     /// Waits no longer than until then.
     pub(super) fn until(&mut self, moment: Instant) {
         self.until = Some(self.until.map_or(moment, |until| until.min(moment)));

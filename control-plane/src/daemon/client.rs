@@ -10,6 +10,7 @@ use engine::identity::CloneNumber;
 
 use super::channel::Channel;
 use super::protocol::{Answer, Hello, LifelineSays, Spare, Status};
+pub use super::starter::start;
 use crate::session::Attended;
 use crate::state::State;
 
@@ -94,7 +95,7 @@ pub fn changed(state: &State) {
 }
 
 /// Whether an error only says that no daemon is there.
-fn is_nobody(error: &io::Error) -> bool {
+pub(super) fn is_nobody(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 

@@ -5,7 +5,8 @@
 //!   shall be ([`policy`], pure) and hands them out;
 //! - a **keeper** ([`keeper`]), one process per clone the daemon had made, owns the clone: its QEMU, its name, its end;
 //! - a **launcher** ([`client`]) gets from the daemon the clone's agent and a *lifeline* to its keeper, and from there on talks to
-//!   nobody else.
+//!   nobody else;
+//! - whoever wants a qube with a record of its own started (`starter`) has its runner ([`crate::run::runner`]) answer.
 //!
 //! Invariants:
 //! - A spare is handed out once. The daemon tells its keeper before it gives the spare away, so that a keeper which finds
@@ -21,5 +22,6 @@ pub mod keeper;
 pub mod policy;
 pub mod protocol;
 pub mod server;
+mod starter;
 mod survey;
 mod upkeep;

@@ -1,7 +1,7 @@
 //! The words on `dispvmd`'s socket: one JSON object a message, at most [`MESSAGE_BYTES_MAX`]; descriptors travel beside it.
 //!
 //! A connection begins with one [`Hello`]. A caller's is answered by one [`Answer`] and over. A keeper's stays: it says [`KeeperSays`], and
-//! hears [`KeeperHears`]. What holds between caller and keeper is the lifeline, on which the keeper says [`LifelineSays`].
+//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the keeper says [`LifelineSays`].
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -34,6 +34,11 @@ pub enum Hello {
     Status,
     /// A record has changed: look at it now.
     Changed,
+    /// A qube is to be started. The answer, when it is up, is its runner's: [`RunnerSays`].
+    Start {
+        /// The qube.
+        qube: String,
+    },
     /// A keeper is there.
     Keeper {
         /// [`PROTOCOL`]: a keeper may be older than its daemon.
@@ -118,6 +123,21 @@ pub enum LifelineSays {
     },
     /// The clone is gone.
     Gone,
+}
+
+/// What the runner of a qube says to whoever had it started, once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RunnerSays {
+    /// The qube is up.
+    Up,
+    /// Another runner has it.
+    RunsAlready,
+    /// It could not be started.
+    Failed {
+        /// Why.
+        reason: String,
+    },
 }
 
 /// How all stands.

@@ -18,10 +18,12 @@ use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 
 use super::channel::{Channel, Listener};
 use super::policy::Memory;
-use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, Spare, PROTOCOL};
+use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, RunnerSays, Spare, PROTOCOL};
+use super::starter;
 use crate::clones::{self, Keeping};
 use crate::error::{Error, Kind, Result};
 use crate::machine::{self, Machine};
+use crate::qube::check_name;
 use crate::savefiles::Serving;
 use crate::state::{self, State};
 
@@ -226,6 +228,7 @@ impl Daemon<'_> {
                 self.surveyed = None;
                 caller.send(&Answer::Noted, &[])
             }
+            Hello::Start { qube } => self.start_qube(&caller, &qube),
             Hello::Keeper { protocol, .. } if protocol != PROTOCOL => Ok(()),
             Hello::Keeper { dvm, pid, .. } => {
                 self.keepers.push(Keeper { channel: caller, dvm, pid, phase: Phase::Making });
@@ -235,6 +238,14 @@ impl Daemon<'_> {
         if let Err(error) = answered {
             tracing::info!("a caller went away: {error}");
         }
+    }
+
+    /// Starts the runner of a qube, which answers the caller itself.
+    fn start_qube(&self, caller: &Channel, qube: &str) -> io::Result<()> {
+        let started = check_name(qube)
+            .map_err(io::Error::other)
+            .and_then(|()| starter::runner(self.state, qube, caller.as_fd()));
+        started.or_else(|error| caller.send(&RunnerSays::Failed { reason: error.to_string() }, &[]))
     }
 
     /// Gives the caller a spare, if there is one that is right at this moment. (Also when memory is short: the spare has its own.)

@@ -52,6 +52,7 @@ pub fn collect(state: &State) -> Result<Collected> {
             Class::TemplateVM(template) => {
                 generations_used.insert((qube.name.clone(), template.generation));
             }
+            Class::DispVM(_) => {}
         }
     }
     for qube in qubes.iter().filter(|qube| matches!(qube.class, Class::TemplateVM(_))) {

@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 use std::collections::VecDeque;
+use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use control_plane::agent_link::AgentLink;
 use control_plane::calls::Exchange;
+use control_plane::qube::{Class, Dvm, Qube, Template};
 use control_plane::session::{Attended, Ending, SessionError, Signals};
 use control_plane::state::State;
 use engine::host::HostError;
@@ -29,6 +31,42 @@ pub fn program(name: &str) -> PathBuf {
     own.ancestors().nth(2).unwrap().join(name)
 }
 
+/// Writes the records of some qubes: a template, three DVM templates, and two AppVMs, one with a default_dispvm of its own.
+pub fn qubes(state: &State) {
+    let template = Template {
+        generation: 1,
+        root_hash: "0".into(),
+        root_bytes: 1 << 30,
+        kernel_hash: "0".into(),
+        initrd_hash: "0".into(),
+        cmdline: "quiet".into(),
+    };
+    Qube { name: "debian-12".into(), label: "black".into(), class: Class::TemplateVM(template) }
+        .save(state)
+        .unwrap();
+    for name in ["debian-dvm", "whonix-ws-dvm", "work", "anon-whonix", "vault"] {
+        let class = Class::AppVM(Dvm {
+            template: "debian-12".into(),
+            template_for_dispvms: name.ends_with("-dvm"),
+            memory_mib: 1024,
+            vcpus: 2,
+            net: "none".into(),
+            private_mib: 2048,
+            private_generation: 1,
+            private_id: "x".into(),
+            volatile_mib: 1024,
+            spares: None,
+            savefile: None,
+        });
+        Qube { name: name.into(), label: "red".into(), class }.save(state).unwrap();
+    }
+    let default_dispvm = |name: &str| format!("[properties]\ndefault_dispvm = \"{name}\"\n");
+    fs::write(state.system_settings(), default_dispvm("debian-dvm")).unwrap();
+    for name in ["anon-whonix", "whonix-ws-dvm"] {
+        fs::write(state.qube(name).join("settings.toml"), default_dispvm("whonix-ws-dvm")).unwrap();
+    }
+}
+
 /// The agent, as the test plays it.
 pub struct Agent {
     pub stream: UnixStream,
@@ -41,7 +79,9 @@ impl Agent {
     pub fn hear(&mut self) -> HostFrame {
         loop {
             match self.hear_any() {
-                HostFrame::StdoutCredit { .. } | HostFrame::StderrCredit { .. } => {}
+                HostFrame::StdoutCredit { .. }
+                | HostFrame::StderrCredit { .. }
+                | HostFrame::CallStdinCredit { .. } => {}
                 frame => return frame,
             }
         }
@@ -120,8 +160,13 @@ pub struct Guest {
 
 impl Guest {
     pub fn start(pauses: bool) -> Guest {
+        Guest::start_as(NAME, pauses)
+    }
+
+    pub fn start_as(name: &'static str, pauses: bool) -> Guest {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
+        qubes(&state);
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (domain, events) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
@@ -131,7 +176,7 @@ impl Guest {
         let (told, bound) = std::sync::mpsc::channel();
         let holder = std::thread::spawn(move || {
             let mut signals = Signals::block().unwrap();
-            let mut exchange = Exchange::new(&its_state, NAME, AgentLink::new(Box::new(theirs))).unwrap();
+            let mut exchange = Exchange::new(&its_state, name, AgentLink::new(Box::new(theirs))).unwrap();
             told.send(()).unwrap();
             let mut timeline = Timeline::since(Instant::now());
             exchange.run(&mut Bytes { events, pauses }, None, &mut signals, &mut timeline)

@@ -1,8 +1,12 @@
 //! The tools of R3.2, and files to a qube.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+use filecopy::{receive, Characters, Limits, Tree};
 
 use crate::run::Rig;
 
@@ -108,40 +112,66 @@ fn file(rig: &Rig) -> PathBuf {
     path
 }
 
+/// A receiver in this process, behind pipes with names: the files it takes are in `into`.
+fn real_receiver(rig: &Rig, into: &Path) -> thread::JoinHandle<()> {
+    let [there, back] = ["there", "back"].map(|name| rig.folder().join(name));
+    assert!(Command::new("mkfifo").args([&there, &back]).status().unwrap().success());
+    receiver(rig, &format!("cat {} & cat > {}; wait", back.display(), there.display()));
+    let tree = Tree::open(into).unwrap();
+    thread::spawn(move || {
+        let (from, to) = (File::open(there).unwrap(), File::create(back).unwrap());
+        receive(from, to, &tree, Characters::Displayable, &Limits::default()).unwrap();
+    })
+}
+
+const DISPOSABLE: [(&str, &str); 2] = [
+    ("admin.vm.List dom0", "disp1234 class=DispVM state=Running\n"),
+    ("admin.vm.Start disp1234", "!QubesVMNotHaltedError Domain is not powered off: 'disp1234'"),
+];
+
 #[test]
 fn l6_files_go_to_a_running_disposable_by_its_name() {
-    let table = [
-        ("admin.vm.List dom0", "disp1234 class=DispVM state=Running\n"),
-        ("admin.vm.Start disp1234", "!QubesVMNotHaltedError Domain is not powered off: 'disp1234'"),
-    ];
-    let rig = Rig::of("qvm-copy-to-vm", &table);
+    let rig = Rig::of("qvm-copy-to-vm", &DISPOSABLE);
     let path = file(&rig);
-    // CRC-32 of header, name, content and end is of no interest here: it is wrong, and that is told.
-    receiver(&rig, "cat > \"$LOG.sent\" & dd bs=16 count=1 if=/dev/zero 2> /dev/null");
-    let args = ["disp1234", path.to_str().unwrap()];
-    rig.run(&args, "")
-        .fails(1, "qvm-copy-to-vm: error: what has come is not what was sent (the checksums differ)");
+    let into = tempfile::tempdir().unwrap();
+    let receiving = real_receiver(&rig, into.path());
+    rig.run(&["disp1234", path.to_str().unwrap()], "").is(0, "");
+    receiving.join().unwrap();
     assert_eq!(rig.called(), "[-d][disp1234][DEFAULT:QUBESRPC qubes.Filecopy dom0]");
-    receiver(&rig, "exit 126");
-    rig.run(&args, "").fails(126, "qvm-copy-to-vm: error: the call of qubes.Filecopy was refused");
-    rig.run(&["nobody", "x"], "").fails(2, "qvm-copy-to-vm: error: no such domain: 'nobody'");
-    assert_eq!(rig.run(&["disp1234"], "").status, 2);
+    assert_eq!(fs::read_to_string(into.path().join("report.txt")).unwrap(), "text");
     assert!(path.exists());
 }
 
 #[test]
-fn what_was_moved_is_here_until_it_is_there() {
-    let table = [
-        ("admin.vm.List dom0", "work class=AppVM state=Running\n"),
-        ("admin.vm.Start work", "!QubesVMNotHaltedError Domain is not powered off: 'work'"),
-    ];
-    let rig = Rig::of("qvm-move-to-vm", &table);
+fn a_copy_that_does_not_arrive_is_told() {
+    let rig = Rig::of("qvm-copy-to-vm", &DISPOSABLE);
     let path = file(&rig);
-    let args = ["work", path.to_str().unwrap()];
+    let args = ["disp1234", path.to_str().unwrap()];
+    receiver(&rig, "exit 126");
+    rig.run(&args, "").fails(126, "qvm-copy-to-vm: error: the call of qubes.Filecopy was refused");
+    receiver(&rig, "dd bs=16 count=1 if=/dev/zero 2> /dev/null; cat > /dev/null");
+    rig.run(&args, "")
+        .fails(1, "qvm-copy-to-vm: error: what has come is not what was sent (the checksums differ)");
+    rig.run(&["nobody", "x"], "").fails(2, "qvm-copy-to-vm: error: no such domain: 'nobody'");
+    assert_eq!(rig.run(&["disp1234"], "").status, 2);
+}
+
+#[test]
+fn what_was_moved_is_here_until_it_is_there() {
+    let rig = Rig::of("qvm-move-to-vm", &DISPOSABLE);
+    let path = file(&rig);
+    let args = ["disp1234", path.to_str().unwrap()];
     // EEXIST, and its name.
-    let exists = r"cat > /dev/null & printf '\021\000\000\000\000\000\000\000\000\000\000\000\000\000\000\000\004\000\000\000r\001pt'";
+    let exists =
+        r"printf '\021\000\000\000\000\000\000\000\000\000\000\000\000\000\000\000\004\000\000\000r\001pt'";
     receiver(&rig, exists);
     let ended = rig.run(&args, "");
     assert!(ended.status == 1 && ended.err.contains(r"a file named r\x01pt already exists"), "{}", ended.err);
     assert!(path.exists());
+    let into = tempfile::tempdir().unwrap();
+    let receiving = real_receiver(&rig, into.path());
+    rig.run(&args, "").is(0, "");
+    receiving.join().unwrap();
+    assert_eq!(fs::read_to_string(into.path().join("report.txt")).unwrap(), "text");
+    assert!(!path.exists());
 }

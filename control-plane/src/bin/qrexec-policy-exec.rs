@@ -1,0 +1,99 @@
+//! `qrexec-policy-exec`: what becomes of a qube's call. The holder of a qube starts one for each call, with the call's streams as its own; it asks
+//! the policy, tells the holder, and becomes what carries the call out.
+//!
+//! Invariants: nothing is read of the call's streams or written to them here, the guest would hear it; what is to be known is told to the
+//! holder, and to the system's log.
+
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use clap::Parser;
+use control_plane::calls::decide::{self, Asked, Rules};
+use control_plane::calls::verdict::Teller;
+use control_plane::calls::{carry_out, service};
+use control_plane::cli::{generate_if_asked, Common};
+use control_plane::error::{Error, Kind, Result};
+use control_plane::output::error_text;
+use nix::sys::signal::SigSet;
+use qrexec::service::{Target, EXIT_NOT_FOUND, EXIT_PROBLEM, EXIT_REFUSED};
+
+/// Where the system's log listens, and what it gets before each line: facility authpriv, severity info.
+const SYSTEM_LOG: &str = "/dev/log";
+const LOG_PREFIX: &str = "<86>qrexec-policy-exec: ";
+
+/// Carries out a call of a qube, if the policy allows it.
+///
+/// Its standard input and output are the call's. Started by whoever holds the qube.
+///
+/// Exit status: the service's; 125 when the call failed, 126 when it was refused, 127 when there is no such service.
+#[derive(Parser)]
+#[command(name = "qrexec-policy-exec", version)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+    /// The qube that calls
+    source: String,
+    /// Whom it calls, as it says
+    target: String,
+    /// What it calls
+    #[arg(value_name = "SERVICE[+ARG]")]
+    service: String,
+}
+
+fn main() -> ExitCode {
+    generate_if_asked::<Options>();
+    let mut teller = Teller::of_environment();
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => {
+            tell(&mut teller, false, &error.to_string());
+            return ExitCode::from(if error.use_stderr() { EXIT_PROBLEM } else { 0 });
+        }
+    };
+    // The holder blocks signals, and a call ends with its holder.
+    let _ = SigSet::all().thread_unblock();
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
+    match prepare(&options) {
+        Ok((text, Some(mut command))) => {
+            tell(&mut teller, true, &text);
+            let error = command.exec();
+            eprintln!("qrexec-policy-exec: cannot run the service: {}", error.kind());
+            ExitCode::from(EXIT_PROBLEM)
+        }
+        Ok((text, None)) => {
+            tell(&mut teller, true, &format!("{text}: there is no such service"));
+            ExitCode::from(EXIT_NOT_FOUND)
+        }
+        Err(error) => {
+            tell(&mut teller, false, &error_text(&error));
+            ExitCode::from(EXIT_REFUSED)
+        }
+    }
+}
+
+/// Decides, and finds what carries the call out.
+fn prepare(options: &Options) -> Result<(String, Option<Command>)> {
+    let state = options.common.state()?;
+    let target = Target::parse(options.target.as_bytes()).map_err(|error| {
+        Error::new(Kind::Refused, format!("{:?} is no target", options.target)).because(error)
+    })?;
+    let source = service::parse_source(&options.source)?;
+    let asked = Asked { source, target, service: service::parse(&options.service)? };
+    let allow = decide::decide(&state, &Rules::of_environment(), &asked)?;
+    let text = decide::allowed_text(&asked, &allow);
+    let command = carry_out::program(&state, &asked, &allow)
+        .map_err(|error| Error::new(Kind::Refused, text.clone()).because(error))?;
+    Ok((text, command))
+}
+
+/// Tells the holder and the system's log.
+fn tell(teller: &mut Teller, accepted: bool, text: &str) {
+    // Each is one line, whatever an error's text has.
+    let line = text.replace(['\n', '\r'], " ");
+    teller.tell(accepted, &line);
+    if let Ok(log) = UnixDatagram::unbound() {
+        let _ = log.set_nonblocking(true);
+        let _ = log.send_to(format!("{LOG_PREFIX}{line}").as_bytes(), SYSTEM_LOG);
+    }
+}

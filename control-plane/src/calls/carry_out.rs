@@ -1,0 +1,131 @@
+//! What the process of a call becomes: a service of dom0's, a call into another qube, or the launch of a disposable.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use admin_api::Request;
+use policy::{Allow, Destination};
+use qrexec::service::Target;
+
+use super::decide::Asked;
+use super::{programs, service, verdict};
+use crate::error::{Error, Kind, Result};
+use crate::state::State;
+
+/// Where dom0's services are.
+const SERVICE_DIRS: [&str; 2] = ["/usr/local/etc/qubes-rpc", "/etc/qubes-rpc"];
+/// Where the Admin API is asked to start a qube.
+const API_SOCKET: &str = "/var/run/qubesd.sock";
+/// Who stands for the target's own user.
+const DEFAULT_USER: &str = "DEFAULT";
+
+/// The program that carries the call out; a qube that has to be started runs by then. `None`: there is no such service.
+pub fn program(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>> {
+    let command = choose(state, asked, allow)?;
+    Ok(command.map(|mut command| {
+        command.env_remove(verdict::VARIABLE);
+        command
+    }))
+}
+
+fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>> {
+    let user = allow.user.as_deref().unwrap_or(DEFAULT_USER);
+    let source = asked.source.as_str();
+    match &allow.target {
+        Destination::AdminVm => in_dom0(asked, user),
+        Destination::Qube(name) => {
+            service::user(user)?;
+            if !state.call_socket(name).exists() {
+                start(name)?;
+            }
+            let mut client = programs::command("qrexec-client", state);
+            client.args(["-d", name, "--"]);
+            client.arg(format!("{user}:QUBESRPC {} {source}", asked.service));
+            Ok(Some(client))
+        }
+        Destination::DispVmOf(dvm) => {
+            service::user(user)?;
+            let mut launch = programs::command("dispvm-launch", state);
+            launch.args(["--dvm", dvm, "--source", source, "--user", user]);
+            launch.args(["--service", &asked.service.to_string()]);
+            Ok(Some(launch))
+        }
+    }
+}
+
+/// Has a qube started. That it runs already is as good.
+fn start(name: &str) -> Result<()> {
+    let socket = std::env::var_os("DISPVM_API_SOCKET").filter(|path| !path.is_empty());
+    let socket = PathBuf::from(socket.unwrap_or_else(|| OsString::from(API_SOCKET)));
+    match admin_api::client::call(&socket, &Request::new("admin.vm.Start", name)) {
+        Ok(_) => Ok(()),
+        Err(admin_api::ApiError::Exception(exception)) if exception.kind == admin_api::Kind::VmNotHalted => {
+            Ok(())
+        }
+        Err(error) => Err(Error::new(Kind::Refused, format!("{name} does not run, and cannot be started"))
+            .because(error)
+            .hint(format!("`qvm-start {name}` says more"))),
+    }
+}
+
+/// The executable SERVICE+ARG or SERVICE of the first folder that has one.
+fn in_dom0(asked: &Asked, user: &str) -> Result<Option<Command>> {
+    let Some(path) = find(asked) else { return Ok(None) };
+    let mut command = as_user(user, &path)?;
+    for (variable, _) in std::env::vars_os() {
+        if variable.to_string_lossy().starts_with("QREXEC") {
+            command.env_remove(variable);
+        }
+    }
+    let argument = asked.service.argument().unwrap_or_default();
+    if !argument.is_empty() {
+        command.arg(argument);
+    }
+    command.env("QREXEC_REMOTE_DOMAIN", asked.source.as_str());
+    command.env("QREXEC_SERVICE_FULL_NAME", asked.service.to_string());
+    command.env("QREXEC_SERVICE_ARGUMENT", argument);
+    let (kind, variable, target) = match &asked.target {
+        Target::Name(name) => ("name", "QREXEC_REQUESTED_TARGET", name),
+        Target::Keyword(keyword) => ("keyword", "QREXEC_REQUESTED_TARGET_KEYWORD", keyword),
+    };
+    command.env("QREXEC_REQUESTED_TARGET_TYPE", kind).env(variable, target);
+    Ok(Some(command))
+}
+
+fn find(asked: &Asked) -> Option<PathBuf> {
+    let named = std::env::var_os("DISPVM_RPC_DIR").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let folders = named.map_or_else(|| SERVICE_DIRS.map(PathBuf::from).to_vec(), |folder| vec![folder]);
+    let argument = asked.service.argument().unwrap_or_default();
+    let full_name = format!("{}+{argument}", asked.service.name());
+    let names = [full_name.as_str(), asked.service.name()];
+    let paths = folders.iter().flat_map(|folder| names.map(|name| folder.join(name)));
+    paths.into_iter().find(|path| is_executable(path))
+}
+
+fn is_executable(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|there| there.is_file() && there.permissions().mode() & 0o111 != 0)
+}
+
+/// Only root can be somebody else.
+fn as_user(user: &str, program: &Path) -> Result<Command> {
+    let is_root = nix::unistd::geteuid().is_root();
+    if user == DEFAULT_USER
+        || (user == "root" && is_root)
+        || std::env::var("USER").is_ok_and(|own| own == user)
+    {
+        return Ok(Command::new(program));
+    }
+    if !is_root {
+        return Err(Error::new(
+            Kind::Refused,
+            format!("policy wants it run as {user}, which only root can do"),
+        )
+        .hint("run dispvmd as root, or leave user= out of the rule"));
+    }
+    let mut command = Command::new("runuser");
+    command.args(["-u", user, "--"]).arg(program);
+    Ok(command)
+}

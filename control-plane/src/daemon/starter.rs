@@ -1,0 +1,91 @@
+//! Starting a qube: its runner is a process of ours, by way of the daemon where there is one.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use engine::build::BOOT_LIMIT;
+
+use super::channel::Channel;
+use super::client::is_nobody;
+use super::protocol::{Hello, RunnerSays};
+use crate::clones::{self, Power};
+use crate::error::{Error, Kind, Result};
+use crate::qube::check_name;
+use crate::state::State;
+
+/// A boot has its own limit; beside it a runner copies a volume, or has a hot image made.
+const START_LIMIT: Duration = Duration::from_secs(BOOT_LIMIT.as_secs() + 120);
+/// How often is looked whether a qube that somebody else starts is up.
+const UP_POLL: Duration = Duration::from_millis(20);
+
+/// Starts the qube `name` and waits until its agent is up. Answers whether it was down: one that runs, or that somebody is starting, is
+/// as good.
+pub fn start(state: &State, name: &str) -> Result<bool> {
+    // It becomes the name of a folder.
+    check_name(name)?;
+    let starter = ask_for(state, name).map_err(Error::failed("have the qube started"))?;
+    let heard = starter.receive_within::<RunnerSays>(START_LIMIT);
+    let cannot = || Error::new(Kind::Failed, format!("cannot start {name}"));
+    match heard.map_err(|error| cannot().because(error))? {
+        Some((RunnerSays::Up, _)) => Ok(true),
+        Some((RunnerSays::RunsAlready, _)) => await_up(state, name).map(|()| false),
+        Some((RunnerSays::Failed { reason }, _)) => Err(cannot().because(reason)),
+        None => Err(cannot().because("its runner was ended before it was up")),
+    }
+}
+
+/// The channel on which its runner will say how it went.
+fn ask_for(state: &State, name: &str) -> io::Result<Channel> {
+    let asked = Channel::connect(&state.daemon_socket())
+        .and_then(|daemon| daemon.send(&Hello::Start { qube: name.to_owned() }, &[]).map(|()| daemon));
+    match asked {
+        Err(error) if is_nobody(&error) => {
+            let (ours, theirs) = Channel::pair()?;
+            let program = std::env::current_exe()?.with_file_name("dispvmd");
+            spawn(Command::new(program), state, name, theirs.as_fd())?;
+            Ok(ours)
+        }
+        asked => asked,
+    }
+}
+
+/// Waits while somebody else is starting it.
+fn await_up(state: &State, name: &str) -> Result<()> {
+    let deadline = Instant::now() + START_LIMIT;
+    loop {
+        let clones = clones::list(state)?;
+        match clones.iter().find(|clone| clone.qube.as_deref() == Some(name)).map(|clone| clone.power) {
+            Some(Power::Running | Power::Paused) => return Ok(()),
+            Some(Power::Starting) if Instant::now() < deadline => std::thread::sleep(UP_POLL),
+            _ => {
+                let why = format!("cannot start {name}: another attempt to start or change it is under way");
+                return Err(Error::new(Kind::Failed, why).hint("try again when that has ended"));
+            }
+        }
+    }
+}
+
+/// Starts the runner of `name` as the daemon does: as ourselves, with `answer` to say on how it went.
+pub(super) fn runner(state: &State, name: &str, answer: BorrowedFd<'_>) -> io::Result<()> {
+    // Not by our path: an upgrade may have put another file there, or none.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("dispvmd");
+    spawn(command, state, name, answer)
+}
+
+/// It takes a session of its own, and has the daemon's children's end reaped or is nobody's child any more.
+fn spawn(mut command: Command, state: &State, name: &str, answer: BorrowedFd<'_>) -> io::Result<()> {
+    command.arg("--root").arg(state.root()).args(["runner", name]);
+    command.stdin(answer.try_clone_to_owned()?).stdout(Stdio::null()).stderr(log(&state.qube(name)));
+    command.spawn().map(drop)
+}
+
+/// What the runner says goes into the qube's folder; where there is none, it ends at once anyway.
+fn log(folder: &Path) -> Stdio {
+    File::create(folder.join("runner.log")).map_or_else(|_| Stdio::null(), Stdio::from)
+}

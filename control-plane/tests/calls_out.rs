@@ -1,0 +1,199 @@
+//! Calls out of a guest, with the processes that carry them out, and a guest that is hostile.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use common::{program, Guest, LIMIT};
+use control_plane::calls::client;
+use control_plane::calls::outgoing::CALLS_OUT_MAX;
+use control_plane::session::{Ending, SessionError};
+use qrexec::{Call, Exit, GuestFrame, HostFrame, CALL_STREAM, INITIAL_WINDOW};
+
+const POLICY: &str = "* * work dom0 allow\n";
+const SOURCE: &str = "work";
+
+/// Policy and services, the same for all tests of this process, for they are found by its environment.
+fn setup() -> &'static PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("calls-out");
+        let _ = fs::remove_dir_all(&folder);
+        for name in ["policy", "rpc"] {
+            fs::create_dir_all(folder.join(name)).unwrap();
+        }
+        fs::write(folder.join("policy/50-test.policy"), POLICY).unwrap();
+        for (name, text) in [
+            ("test.Echo", "cat; echo done >&2; exit 3"),
+            ("test.Slow", "echo $$ >> \"$(dirname \"$0\")/pids\"; sleep 60 & wait"),
+            ("test.Deaf", "exec <&-; sleep 60"),
+            ("test.Idle", "sleep 60"),
+            ("test.Much", "head -c 1000000 /dev/zero"),
+        ] {
+            let path = folder.join("rpc").join(name);
+            fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let programs = program("qrexec-policy-exec").parent().unwrap().to_owned();
+        let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());
+        std::env::set_var("PATH", path);
+        std::env::set_var("DISPVM_POLICY_DIR", folder.join("policy"));
+        std::env::set_var("DISPVM_RPC_DIR", folder.join("rpc"));
+        folder
+    })
+}
+
+fn guest() -> Guest {
+    setup();
+    Guest::start_as(SOURCE, true)
+}
+
+impl Guest {
+    fn calls(&mut self, number: u32, target: &str, service: &str) -> u32 {
+        let stream = CALL_STREAM | number;
+        let call = Call::parse(target.as_bytes(), service.as_bytes()).unwrap();
+        self.agent.say(&GuestFrame::Call { stream, call });
+        stream
+    }
+
+    /// All that comes for a stream up to its last frame: stdout, stderr and how it ended.
+    fn outcome(&mut self, stream: u32) -> (Vec<u8>, Vec<u8>, Exit) {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        loop {
+            match self.agent.hear_any() {
+                HostFrame::CallStdout { stream: of, bytes } if of == stream => {
+                    let count = bytes.len() as u32;
+                    out.extend(bytes);
+                    self.agent.say(&GuestFrame::CallStdoutCredit { stream, bytes: count });
+                }
+                HostFrame::CallStderr { stream: of, bytes } if of == stream => err.extend(bytes),
+                HostFrame::CallExited { stream: of, exit } if of == stream => return (out, err, exit),
+                HostFrame::CallRefused { stream: of } if of == stream => panic!("refused"),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn is_alive(pid: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.trim().is_empty() && !rest.starts_with(" Z"))
+}
+
+#[test]
+fn a_call_that_policy_allows_has_its_streams_and_its_exit() {
+    let mut guest = guest();
+    let stream = guest.calls(1, "dom0", "test.Echo");
+    assert_eq!(guest.agent.hear(), HostFrame::CallAccepted { stream });
+    guest.agent.say(&GuestFrame::CallStdin { stream, bytes: b"words".to_vec() });
+    guest.agent.say(&GuestFrame::CallStdinEof { stream });
+    assert_eq!(guest.outcome(stream), (b"words".to_vec(), b"done\n".to_vec(), Exit::Code(3)));
+    let stream = guest.calls(2, "@adminvm", "test.Much");
+    assert_eq!(guest.outcome(stream).0.len(), 1_000_000);
+    let stream = guest.calls(3, "dom0", "test.None");
+    assert_eq!(guest.outcome(stream).2, Exit::Code(127));
+    assert_eq!(client::status(&guest.state, SOURCE).unwrap().calls_out, 0);
+    assert!(matches!(guest.end(), Ok(Ending::PoweredOff)));
+}
+
+#[test]
+fn a_call_that_policy_does_not_allow_is_refused_and_over() {
+    let mut guest = guest();
+    let stream = guest.calls(1, "vault", "test.Echo");
+    assert_eq!(guest.agent.hear(), HostFrame::CallRefused { stream });
+    // What was under way is dropped.
+    guest.agent.say(&GuestFrame::CallStdin { stream, bytes: vec![0; 65_536] });
+    guest.agent.say(&GuestFrame::CallHangup { stream });
+    let stream = guest.calls(2, "dom0", "test.Echo");
+    assert_eq!(guest.agent.hear(), HostFrame::CallAccepted { stream });
+    guest.end().unwrap();
+}
+
+#[test]
+fn a_caller_that_hangs_up_ends_the_service_and_its_processes() {
+    let mut guest = guest();
+    let stream = guest.calls(1, "dom0", "test.Idle");
+    assert_eq!(guest.agent.hear(), HostFrame::CallAccepted { stream });
+    let start = Instant::now();
+    guest.agent.say(&GuestFrame::CallHangup { stream });
+    assert_eq!(guest.outcome(stream).2, Exit::Signal(15));
+    assert!(start.elapsed() < LIMIT / 4, "{:?}", start.elapsed());
+    guest.end().unwrap();
+}
+
+#[test]
+fn a_service_that_reads_nothing_stalls_its_own_call_alone() {
+    let mut guest = guest();
+    let idle = guest.calls(1, "dom0", "test.Idle");
+    assert_eq!(guest.agent.hear(), HostFrame::CallAccepted { stream: idle });
+    for _ in 0..INITIAL_WINDOW / 65_536 {
+        guest.agent.say(&GuestFrame::CallStdin { stream: idle, bytes: vec![0; 65_536] });
+    }
+    let deaf = guest.calls(2, "dom0", "test.Deaf");
+    assert_eq!(guest.agent.hear(), HostFrame::CallAccepted { stream: deaf });
+    guest.agent.say(&GuestFrame::CallStdin { stream: deaf, bytes: b"x".to_vec() });
+    loop {
+        match guest.agent.hear_any() {
+            HostFrame::CallStdinClosed { stream } if stream == deaf => break,
+            HostFrame::CallStdinCredit { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    let echo = guest.calls(3, "dom0", "test.Echo");
+    guest.agent.say(&GuestFrame::CallStdinEof { stream: echo });
+    assert_eq!(guest.outcome(echo).2, Exit::Code(3));
+    guest.end().unwrap();
+}
+
+#[test]
+fn a_flood_of_calls_is_bounded_and_all_of_it_ends_with_the_guest() {
+    let mut guest = guest();
+    for number in 0..200 {
+        guest.calls(number, "dom0", "test.Slow");
+    }
+    let (mut accepted, mut refused) = (0, 0);
+    while accepted + refused < 200 {
+        match guest.agent.hear_any() {
+            HostFrame::CallAccepted { .. } => accepted += 1,
+            HostFrame::CallRefused { .. } => refused += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(accepted, CALLS_OUT_MAX);
+    assert_eq!(client::status(&guest.state, SOURCE).unwrap().calls_out, CALLS_OUT_MAX);
+    let pids = setup().join("rpc/pids");
+    let deadline = Instant::now() + LIMIT;
+    let started = loop {
+        let started = fs::read_to_string(&pids).unwrap_or_default();
+        if started.lines().count() >= CALLS_OUT_MAX || Instant::now() > deadline {
+            break started;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    assert!(started.lines().count() >= CALLS_OUT_MAX && started.lines().any(is_alive));
+    guest.end().unwrap();
+    assert!(!started.lines().any(is_alive));
+}
+
+#[test]
+fn a_guest_that_breaks_the_protocol_of_calls_ends() {
+    let mut over = guest();
+    let stream = over.calls(1, "dom0", "test.Idle");
+    assert_eq!(over.agent.hear(), HostFrame::CallAccepted { stream });
+    over.agent.say(&GuestFrame::CallStdin { stream, bytes: vec![0; 2 * INITIAL_WINDOW as usize] });
+    assert!(matches!(over.ended(), Err(SessionError::Protocol(_))));
+
+    let mut twice = guest();
+    twice.calls(1, "dom0", "test.Idle");
+    twice.calls(1, "dom0", "test.Idle");
+    assert!(matches!(twice.ended(), Err(SessionError::Protocol(_))));
+
+    let mut credit = guest();
+    let stream = credit.calls(1, "dom0", "test.Idle");
+    credit.agent.say(&GuestFrame::CallStdoutCredit { stream, bytes: u32::MAX });
+    assert!(matches!(credit.ended(), Err(SessionError::Protocol(_))));
+}

@@ -1,0 +1,217 @@
+//! `qrexec-policy-exec` as a process: what it decides from a policy folder and the records, and what it becomes.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::{symlink, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use common::{program, qubes};
+use control_plane::clones::{Keeping, Lease};
+use control_plane::state::State;
+
+const POLICY: &str = "
+test.Env      *    work        dom0    allow
+test.Args     *    @anyvm      dom0    allow
+test.Gone     *    @anyvm      dom0    allow
+test.User     *    work        dom0    allow user=nobody-there
+qubes.VMShell *    work        vault   allow user=root
+qubes.VMExec  *    work        vault   allow autostart=no
+qubes.Alice   *    work        vault   allow user=alice
+qubes.VMShell *    @anyvm      @dispvm allow
+qubes.VMShell *    work        @dispvm:debian-dvm allow
+qubes.OpenURL *    @anyvm      @dispvm ask default_target=@dispvm
+qubes.OpenURL *    @anyvm      vault   ask
+qubes.GetDate *    @anyvm      @default allow target=dom0
+";
+
+struct Setup {
+    folder: tempfile::TempDir,
+    state: State,
+}
+
+impl Setup {
+    /// Qubes, a policy, services of dom0's, and programs that say how they were run in the place of ours.
+    fn new() -> Setup {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(&folder.path().join("state")).unwrap();
+        qubes(&state);
+        for name in ["bin", "policy", "rpc"] {
+            fs::create_dir(folder.path().join(name)).unwrap();
+        }
+        let made = Setup { folder, state };
+        fs::write(made.path("policy/50-test.policy"), POLICY).unwrap();
+        let own = made.path("bin/qrexec-policy-exec");
+        fs::hard_link(program("qrexec-policy-exec"), &own)
+            .or_else(|_| fs::copy(program("qrexec-policy-exec"), &own).map(drop))
+            .unwrap();
+        for name in ["bin/qrexec-client", "bin/dispvm-launch"] {
+            made.script(name, "echo \"$(basename \"$0\") $*\"");
+        }
+        made.script("rpc/test.Env", "env | grep '^QREXEC' | sort; echo \"args: $*\"; cat; exit 7");
+        made.script("rpc/test.Args", "echo plain \"$@\"");
+        made.script("rpc/test.Args+special", "echo special \"$@\"");
+        made.script("rpc/qubes.GetDate", "echo today");
+        fs::write(made.path("rpc/test.Gone"), "not executable").unwrap();
+        made
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn script(&self, name: &str, text: &str) {
+        fs::write(self.path(name), format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn command(&self, [source, target, service]: [&str; 3]) -> Command {
+        let mut command = Command::new(self.path("bin/qrexec-policy-exec"));
+        command.arg("--root").arg(self.state.root()).args(["--", source, target, service]);
+        command.env("DISPVM_POLICY_DIR", self.path("policy"));
+        command.env("DISPVM_RPC_DIR", self.path("rpc"));
+        command.env("DISPVM_ASK_PROMPT", self.path("no-prompt"));
+        command.env("DISPVM_API_SOCKET", self.path("no-api"));
+        command.env("QREXEC_STRAY", "1");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Exit status and output. On stderr nothing may be said: the caller would hear it.
+    fn call(&self, call: [&str; 3]) -> (i32, String) {
+        said(self.command(call).output().unwrap())
+    }
+}
+
+fn said(output: Output) -> (i32, String) {
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+}
+
+fn launched(dvm: &str, source: &str) -> String {
+    format!("--dvm {dvm} --source {source} --user DEFAULT --service qubes.VMShell\n")
+}
+
+#[test]
+fn a_service_of_dom0s_is_told_who_calls_and_whom_it_asked_for() {
+    let qubes = Setup::new();
+    let (status, out) = qubes.call(["work", "dom0", "test.Env+a+b"]);
+    let expected =
+        "QREXEC_REMOTE_DOMAIN=work\nQREXEC_REQUESTED_TARGET=dom0\nQREXEC_REQUESTED_TARGET_TYPE=name\n\
+                    QREXEC_SERVICE_ARGUMENT=a+b\nQREXEC_SERVICE_FULL_NAME=test.Env+a+b\nargs: a+b\n";
+    assert_eq!((status, out.as_str()), (7, expected));
+    let (_, out) = qubes.call(["work", "@adminvm", "test.Env"]);
+    assert!(out.contains("TARGET_KEYWORD=adminvm\n") && out.contains("TARGET_TYPE=keyword\n"), "{out}");
+    assert!(out.ends_with("args: \n"), "{out}");
+    assert_eq!(qubes.call(["work", "@adminvm", "test.Args+special"]), (0, "special special\n".into()));
+    assert_eq!(qubes.call(["work", "dom0", "test.Args+other"]), (0, "plain other\n".into()));
+    assert_eq!(qubes.call(["work", "@default", "qubes.GetDate"]), (0, "today\n".into()));
+    assert_eq!(qubes.call(["work", "dom0", "test.Gone"]), (127, String::new()));
+}
+
+#[test]
+fn what_policy_does_not_allow_is_refused() {
+    let qubes = Setup::new();
+    for call in [
+        ["vault", "dom0", "test.Env"],
+        ["work", "dom0", "test.Other"],
+        ["work", "work", "qubes.VMShell"],
+        ["nobody", "dom0", "test.Args"],
+        ["work", "dom0", "../../bin/sh"],
+        ["work", "@dispvm:work", "qubes.VMShell"],
+        // It does not run; it cannot be started; nobody can be asked; nobody can be that user.
+        ["work", "vault", "qubes.VMExec"],
+        ["work", "vault", "qubes.VMShell"],
+        ["work", "@dispvm", "qubes.OpenURL"],
+        ["work", "vault", "qubes.Alice"],
+    ] {
+        assert_eq!(qubes.call(call), (126, String::new()), "{call:?}");
+    }
+}
+
+#[test]
+fn a_bad_file_refuses_all_and_is_named_with_its_line() {
+    let qubes = Setup::new();
+    fs::write(qubes.path("policy/60-bad.policy"), "\n* * work dom0 maybe\n").unwrap();
+    let verdict = qubes.path("verdict");
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec 9>\"$1\"; shift; DISPVM_CALL_VERDICT=9 exec \"$@\"", "sh"]).arg(&verdict);
+    let call = qubes.command(["work", "dom0", "test.Args"]);
+    command.arg(call.get_program()).args(call.get_args());
+    command.envs(call.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    assert_eq!(said(command.output().unwrap()), (126, String::new()));
+    let verdict = fs::read_to_string(verdict).unwrap();
+    assert!(verdict.starts_with("-work calls test.Args in dom0"), "{verdict}");
+    assert!(verdict.contains("60-bad.policy:2: "), "{verdict}");
+}
+
+#[test]
+fn a_call_into_a_qube_that_runs_goes_to_its_call_socket_as_the_user_of_the_rule() {
+    let qubes = Setup::new();
+    fs::write(qubes.state.call_socket("vault"), "").unwrap();
+    let root = qubes.state.root().display();
+    let expected = format!("qrexec-client --root {root} -d vault -- root:QUBESRPC qubes.VMShell work\n");
+    assert_eq!(qubes.call(["work", "vault", "qubes.VMShell"]), (0, expected));
+}
+
+#[test]
+fn t4_t5_t6_t7_dispvm_is_the_callers_own_default_then_the_systems() {
+    let qubes = Setup::new();
+    let root = format!("dispvm-launch --root {} ", qubes.state.root().display());
+    let ran = |dvm: &str, source: &str| (0, root.clone() + &launched(dvm, source));
+    assert_eq!(qubes.call(["work", "@dispvm", "qubes.VMShell"]), ran("debian-dvm", "work"));
+    assert_eq!(qubes.call(["work", "$dispvm", "qubes.VMShell"]), ran("debian-dvm", "work"));
+    assert_eq!(qubes.call(["anon-whonix", "@dispvm", "qubes.VMShell"]), ran("whonix-ws-dvm", "anon-whonix"));
+    // A disposable's is what its template has, which names itself.
+    let template = ("debian-12".to_owned(), 1);
+    let lease = Lease::take(&qubes.state, "whonix-ws-dvm", "x", template, Keeping::Launcher, None).unwrap();
+    let name = lease.number().to_string();
+    assert_eq!(qubes.call([&name, "@dispvm", "qubes.VMShell"]), ran("whonix-ws-dvm", &name));
+    assert_eq!(qubes.call(["work", "@dispvm:debian-dvm", "qubes.VMShell"]), ran("debian-dvm", "work"));
+    // A rule about the caller's default is not about one that is named.
+    assert_eq!(qubes.call(["work", "@dispvm:whonix-ws-dvm", "qubes.VMShell"]).0, 126);
+    drop(lease);
+    assert_eq!(qubes.call([&name, "@dispvm", "qubes.VMShell"]).0, 126);
+}
+
+#[test]
+fn a_prompt_chooses_among_what_is_offered_and_nothing_else() {
+    let qubes = Setup::new();
+    let ask = |answer: &str| {
+        qubes.script("prompt", &format!("echo \"$*\" >> {}; {answer}", qubes.path("asked").display()));
+        let mut command = qubes.command(["work", "@dispvm", "qubes.OpenURL"]);
+        said(command.env("DISPVM_ASK_PROMPT", qubes.path("prompt")).output().unwrap())
+    };
+    assert!(ask("echo @dispvm:debian-dvm").1.starts_with("dispvm-launch "));
+    let asked = fs::read_to_string(qubes.path("asked")).unwrap();
+    assert_eq!(asked, "work qubes.OpenURL @dispvm:debian-dvm vault @dispvm:debian-dvm\n");
+    for no in ["echo dom0", "echo @dispvm:debian-dvm; exit 1", "true", "yes | head -c 100000"] {
+        assert_eq!(ask(no).0, 126, "{no}");
+    }
+}
+
+#[test]
+fn without_policy_d_the_files_of_r4_0_are_the_policy() {
+    let qubes = Setup::new();
+    let legacy = qubes.path("legacy");
+    fs::create_dir(&legacy).unwrap();
+    fs::write(legacy.join("test.Args"), "$anyvm dom0 allow\n").unwrap();
+    let call = |call: [&str; 3]| {
+        let mut command = qubes.command(call);
+        command.env("DISPVM_POLICY_DIR", qubes.path("none")).env("DISPVM_LEGACY_POLICY_DIR", &legacy);
+        said(command.output().unwrap())
+    };
+    assert_eq!(call(["work", "dom0", "test.Args"]), (0, "plain\n".into()));
+    assert_eq!(call(["work", "dom0", "test.Env"]).0, 126);
+    fs::remove_dir_all(&legacy).unwrap();
+    assert_eq!(call(["work", "dom0", "test.Args"]).0, 126);
+}
+
+#[test]
+fn a_service_that_is_a_link_is_followed() {
+    let qubes = Setup::new();
+    fs::remove_file(qubes.path("rpc/test.Args")).unwrap();
+    symlink(Path::new("/bin/echo"), qubes.path("rpc/test.Args")).unwrap();
+    assert_eq!(qubes.call(["work", "dom0", "test.Args+x"]), (0, "x\n".into()));
+}
