@@ -129,6 +129,11 @@ const METHODS: [(&str, Wants, Wants, Wants); 57] = [
     ("admin.vm.device.pci.List", Either, Either, No),
 ];
 
+/// Whether the call waits for a guest.
+pub(super) fn takes_long(request: &Request) -> bool {
+    matches!(request.method.as_str(), "admin.vm.Kill" | "admin.vm.Shutdown" | "admin.vm.Start")
+}
+
 /// Whether qubes have come, gone, started or ended after this call.
 pub(super) fn makes_or_ends(method: &str) -> bool {
     let lives = ["CreateDisposable", "Kill", "Pause", "Remove", "Shutdown", "Start", "Unpause"];

@@ -5,7 +5,7 @@
 //! - **reading**: `world` (the qubes of one moment), `properties` (what each class has, and what holds where nothing is set),
 //!   `features`, `firewall`, `volumes`;
 //! - **changing**: `change` (properties), `features`, `create`, `lives` (remove, start, end);
-//! - **serving**: `api` (method by method), `events`, [`server`] (the socket).
+//! - **serving**: `api` (method by method), `events`, `lobby` (room for callers), [`server`] (the socket).
 //!
 //! Invariants:
 //! - The disk is the truth: each request reads the records it needs, and nothing is remembered between two
@@ -25,6 +25,7 @@ mod events;
 mod features;
 mod firewall;
 mod lives;
+mod lobby;
 pub mod properties;
 pub mod server;
 pub mod settings;

@@ -1,7 +1,7 @@
 //! The socket: one thread that accepts, one for each call, and one that looks for qubes that come and go.
 //!
-//! Invariants: only root, our own user and members of the group `qubes` are heard; there are never more than [`CALLS_MAX`] calls,
-//! [`LISTENERS_MAX`] of them for events; a request has [`REQUEST_LIMIT`] to come whole and at most
+//! Invariants: only root, our own user and members of the group `qubes` are heard; there are never more than [`CONNECTIONS_MAX`]
+//! connections, with [`CALLS_MAX`] calls being answered and [`LISTENERS_MAX`] that listen for events; a request has [`REQUEST_LIMIT`] to come whole and at most
 //! [`admin_api::REQUEST_BYTES_MAX`] bytes, and its answer [`ANSWER_LIMIT`] to be read. The socket appears under its name with its mode
 //! and group, and takes the place of one only where nobody answers.
 
@@ -12,7 +12,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,15 +21,22 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::Gid;
 
 use super::answer::Refusal;
+use super::lobby::{Lobby, Places};
 use super::world::Context;
 use super::{api, events};
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
-/// Calls at once: `qvm-ls` makes one at a time. More wait in connect(2).
+/// Calls that are answered at once; `qvm-ls` makes one at a time. Others wait for a place.
 const CALLS_MAX: usize = 64;
-/// Calls that listen for events, so that there is always room for others.
+/// Of these, calls that start or end qubes and wait for it, so that there is always room for others.
+const LONG_CALLS_MAX: usize = 32;
+/// Connections that listen for events.
 const LISTENERS_MAX: usize = 32;
+/// Connections of any kind, each a thread: some wait for a place beside those above. More wait in connect(2).
+const CONNECTIONS_MAX: usize = 256;
+/// How long one waits for a place: as long as a qube may take to start.
+const PLACE_LIMIT: Duration = Duration::from_secs(300);
 /// The client sends a request in one piece.
 const REQUEST_LIMIT: Duration = Duration::from_secs(5);
 /// A client that does not read its answer is hung up on.
@@ -61,8 +67,11 @@ pub fn serve(state: &State, path: &Path) -> Result<Served> {
     let listener = bind(path)?;
     let server = Arc::new(Server {
         context: Context::new(state.clone()),
-        calls: AtomicUsize::new(0),
-        listeners: AtomicUsize::new(0),
+        lobby: Lobby::default(),
+        connections: Places::new(CONNECTIONS_MAX),
+        calls: Places::new(CALLS_MAX),
+        long_calls: Places::new(LONG_CALLS_MAX),
+        listeners: Places::new(LISTENERS_MAX),
     });
     let looker = Arc::clone(&server);
     start("admin-look", move || looker.look_for_qubes())?;
@@ -126,34 +135,21 @@ fn user_name(uid: u32) -> Option<String> {
 
 struct Server {
     context: Context,
-    calls: AtomicUsize,
-    listeners: AtomicUsize,
-}
-
-/// One of a limited number; given back when dropped.
-struct Place<'a>(&'a AtomicUsize);
-
-impl<'a> Place<'a> {
-    fn take(count: &'a AtomicUsize, max: usize) -> Option<Place<'a>> {
-        let more = |taken: usize| (taken < max).then_some(taken + 1);
-        count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).ok().map(|_| Place(count))
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
+    lobby: Lobby,
+    connections: Places,
+    calls: Places,
+    long_calls: Places,
+    listeners: Places,
 }
 
 fn accept(server: &Arc<Server>, listener: &UnixListener) {
     loop {
-        if server.calls.load(Ordering::SeqCst) >= CALLS_MAX {
+        let Some(place) = server.connections.take() else {
             std::thread::sleep(ACCEPT_PAUSE);
             continue;
-        }
+        };
         let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => Arc::new(stream),
             // Out of descriptors: those who wait are heard when others have gone.
             Err(error) => {
                 tracing::warn!("cannot accept a call: {error}");
@@ -164,12 +160,14 @@ fn accept(server: &Arc<Server>, listener: &UnixListener) {
         if !may_call(&stream) {
             continue;
         }
+        server.lobby.enter(&stream);
         let server = Arc::clone(server);
         let call = move || {
-            let Some(_place) = Place::take(&server.calls, CALLS_MAX) else { return };
+            let _place = place;
             if let Err(error) = server.answer(&stream) {
                 tracing::debug!("a call was not answered: {error}");
             }
+            server.lobby.leave(&stream);
             let _ = stream.shutdown(Shutdown::Both);
         };
         if let Err(error) = std::thread::Builder::new().name("admin-call".to_owned()).spawn(call) {
@@ -196,9 +194,12 @@ fn may_call(stream: &UnixStream) -> bool {
 }
 
 impl Server {
-    fn answer(&self, mut stream: &UnixStream) -> io::Result<()> {
+    fn answer(&self, peer: &Arc<UnixStream>) -> io::Result<()> {
+        let mut stream: &UnixStream = peer;
         stream.set_write_timeout(Some(ANSWER_LIMIT))?;
-        let request = match receive(stream)? {
+        let received = receive(stream);
+        self.lobby.leave(peer);
+        let request = match received? {
             Ok(request) => request,
             Err(error) => {
                 tracing::warn!("a call that is none: {error}");
@@ -208,6 +209,11 @@ impl Server {
         if request.method == "admin.Events" {
             return self.tell_events(stream, &request);
         }
+        let _long = match api::takes_long(&request) {
+            true => Some(self.long_calls.wait(PLACE_LIMIT)?),
+            false => None,
+        };
+        let _place = self.calls.wait(PLACE_LIMIT)?;
         let answer = api::call(&self.context, &request);
         // Whoever has made, started or ended a qube, or has tried to, hears of it before the next look.
         if api::makes_or_ends(&request.method) {
@@ -224,7 +230,7 @@ impl Server {
             Ok(about) => about,
             Err(refusal) => return refuse(stream, request, refusal),
         };
-        let Some(_place) = Place::take(&self.listeners, LISTENERS_MAX) else {
+        let Some(_place) = self.listeners.take() else {
             tracing::warn!("more than {LISTENERS_MAX} clients want events");
             return Ok(());
         };
