@@ -373,27 +373,3 @@ fn t6_defaults_of_qubes() {
     assert_eq!(call("work", "dom0", "qubes.VMShell"), "deny: no rule matches");
     assert!(call("work", "@default", "qubes.Filecopy").starts_with("ask "));
 }
-
-/// The file that is installed: what Qubes' own says of the services that make disposables useful.
-#[test]
-fn the_shipped_policy_lets_disposables_be_called_and_asks_about_others() {
-    let shipped = include_str!("../90-default.policy");
-    for service in
-        ["qubes.OpenInVM", "qubes.OpenURL", "qubes.StartApp+xterm", "qubes.VMShell", "qubes.VMExec+ls"]
-    {
-        let got = short(&verdict(shipped, "anon-whonix", "@dispvm", service));
-        assert!(got.starts_with("allow @dispvm:"), "{service}: {got}");
-    }
-    for (service, expected) in [
-        ("qubes.OpenInVM", "ask "),
-        ("qubes.Filecopy", "ask "),
-        ("qubes.VMShell", "deny: "),
-        ("qubes.VMExec+ls", "deny: "),
-        ("qubes.VMRootShell", "deny: "),
-        ("admin.vm.List", "deny: "),
-    ] {
-        let got = short(&verdict(shipped, "work", "personal", service));
-        assert!(got.starts_with(expected), "{service}: {got}");
-        assert!(short(&verdict(shipped, "work", "dom0", service)).starts_with("deny: "), "{service}");
-    }
-}
