@@ -38,14 +38,14 @@ fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>
             service::user(user)?;
             have_running(state, name)?;
             let mut client = programs::command("qrexec-client", state);
-            client.args(["-d", name, "--"]);
+            client.args(["--quiet", "-d", name, "--"]);
             client.arg(format!("{user}:QUBESRPC {} {source}", asked.service));
             Ok(Some(client))
         }
         Destination::DispVmOf(dvm) => {
             service::user(user)?;
             let mut launch = programs::command("dispvm-launch", state);
-            launch.args(["--dvm", dvm, "--source", source, "--user", user]);
+            launch.args(["--quiet", "--dvm", dvm, "--source", source, "--user", user]);
             launch.args(["--service", &asked.service.to_string()]);
             Ok(Some(launch))
         }
