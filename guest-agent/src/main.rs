@@ -1,5 +1,6 @@
 //! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user; `dispvm-agent vmexec
-//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`; `dispvm-agent receive-files` is `qubes.Filecopy`. Started as one of `tools`, it is that.
+//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`; `dispvm-agent receive-files` is `qubes.Filecopy`.
+//! Started as one of `tools`, it is that.
 
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
