@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -12,7 +13,7 @@ use common::{program, Guest, LIMIT};
 use control_plane::calls::client;
 use control_plane::calls::outgoing::CALLS_OUT_MAX;
 use control_plane::session::{Ending, SessionError};
-use qrexec::{Call, Exit, GuestFrame, HostFrame, CALL_STREAM, INITIAL_WINDOW};
+use qrexec::{kind, Call, Exit, GuestFrame, HostFrame, RawFrame, CALL_STREAM, INITIAL_WINDOW};
 
 const POLICY: &str = "* * work dom0 allow\n* * work vault allow user=root\n";
 const SOURCE: &str = "work";
@@ -227,4 +228,11 @@ fn a_guest_that_breaks_the_protocol_of_calls_ends() {
     let stream = credit.calls(1, "dom0", "test.Idle");
     credit.agent.say(&GuestFrame::CallStdoutCredit { stream, bytes: u32::MAX });
     assert!(matches!(credit.ended(), Err(SessionError::Protocol(_))));
+
+    for payload in [&b"dom0\0../../bin/sh\0"[..], b"dom0\0x", b"a/b\0x\0", b"dom0\0x\0work\0", b"\xff\0x\0"] {
+        let mut names = guest();
+        let header = RawFrame::header(kind::CALL, CALL_STREAM | 1, payload.len());
+        names.agent.stream.write_all(&[&header, payload].concat()).unwrap();
+        assert!(matches!(names.ended(), Err(SessionError::Agent(_))), "{payload:?}");
+    }
 }
