@@ -214,6 +214,23 @@ fn t7_a_dvm_template_names_itself_and_its_disposables_have_its_settings() {
 }
 
 #[test]
+fn l7_a_running_disposable_stays_as_its_template_was_and_the_next_one_is_as_it_is() {
+    let qubes = Qubes::new();
+    qubes.set("work", "provides_network", "1");
+    qubes.set("debian-dvm", "netvm", "work");
+    let lease = qubes.disposable("debian-dvm");
+    qubes.set("debian-dvm", "netvm", "");
+    qubes.ok("admin.vm.firewall.Set", "debian-dvm", "", "action=drop\n");
+    let later = qubes.disposable("debian-dvm");
+    let (first, next) = (lease.number().to_string(), later.number().to_string());
+    assert_eq!((qubes.get(&first, "netvm"), qubes.get(&next, "netvm")), (set("work"), set("")));
+    assert_eq!(qubes.ok("admin.vm.firewall.Get", &first, "", ""), "action=accept\n");
+    assert_eq!(qubes.ok("admin.vm.firewall.Get", &next, "", ""), "action=drop\n");
+    drop((lease, later));
+    assert_eq!(fs::read_dir(qubes.state.disposables()).unwrap().count(), 0);
+}
+
+#[test]
 fn t9_internal_and_other_features_are_found_where_they_are_looked_for() {
     let qubes = Qubes::new();
     let check = |how: &str, on: &str| qubes.send(&format!("admin.vm.feature.{how}"), on, "internal", "").ok();

@@ -246,7 +246,12 @@ fn of_a_runner_that_is_killed_nothing_is_left() {
         wait_for("its process has gone", || is_gone(runner.pid));
     }
     assert_eq!(served.power("sys-usb"), "Halted");
-    wait_for("the daemon removes the record", || !served.state().qube(&unnamed).exists());
+    let last = served.ok("admin.vm.CreateDisposable", DVM, "", "");
+    served.start(&last);
+    kill(Pid::from_raw(served.runner(&last).unwrap().pid as i32), Signal::SIGKILL).unwrap();
+    for name in [&unnamed, &last] {
+        wait_for("the daemon removes the record", || !served.state().qube(name).exists());
+    }
     assert_eq!(served.private_generation(OTHER), generation, "a killed qube keeps nothing");
     served.all_is_quiet();
     // What it held is free again.

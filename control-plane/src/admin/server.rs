@@ -24,6 +24,7 @@ use super::answer::Refusal;
 use super::lobby::{Lobby, Places};
 use super::world::Context;
 use super::{api, events};
+use crate::clones;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
@@ -255,10 +256,12 @@ impl Server {
 
     fn look_for_qubes(&self) {
         loop {
-            self.look();
-            if let Err(error) = events::sweep(&self.context) {
-                tracing::warn!("cannot remove the settings of ended disposables: {error}");
+            // What a runner that was killed has left: its record, and with it a disposable that was to go when it ends.
+            let swept = clones::sweep(&self.context.state).and_then(|()| events::sweep(&self.context));
+            if let Err(error) = swept {
+                tracing::warn!("cannot remove what is left of disposables that have ended: {error}");
             }
+            self.look();
             std::thread::sleep(events::LOOK_EVERY);
         }
     }
