@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -661,4 +661,53 @@ fn dispvmd_serves_the_api_until_it_is_told_to_end() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     assert!(daemon.wait().unwrap().success());
     assert!(!socket.exists());
+}
+
+/// As systemd starts it: with a socket that is there already, at which callers may wait, and stays when the daemon goes.
+#[test]
+fn dispvmd_takes_the_socket_that_it_is_handed_and_says_when_it_is_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, notify) = (folder.path().join("qubesd.sock"), folder.path().join("notify"));
+    let listener = UnixListener::bind(&socket).unwrap();
+    let ready = UnixDatagram::bind(&notify).unwrap();
+    ready.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let start = || {
+        Command::new("sh")
+            .args(["-c", "exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"", "sh"])
+            .args([env!("CARGO_BIN_EXE_dispvmd"), "--root"])
+            .arg(folder.path().join("state"))
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(std::os::fd::OwnedFd::from(listener.try_clone().unwrap()))
+            .spawn()
+            .unwrap()
+    };
+    for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGKILL] {
+        let request = Request::new("admin.vm.List", "dom0");
+        let waiting = {
+            let (socket, request) = (socket.clone(), request.clone());
+            std::thread::spawn(move || call_within(&socket, &request, Duration::from_secs(10)))
+        };
+        let mut daemon = start();
+        assert!(waiting.join().unwrap().unwrap().starts_with(b"dom0 class=AdminVM state=Running "));
+        let mut said = [0; 64];
+        let count = ready.recv(&mut said).unwrap();
+        assert_eq!(&said[..count], b"READY=1");
+        // It has one descriptor of it, which no program it starts inherits.
+        let pid = daemon.id();
+        let is_it = |fd: i32| {
+            fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+                .is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+        };
+        let flags = |fd: i32| fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+        let inherited: Vec<i32> = (3..32)
+            .filter(|fd| {
+                is_it(*fd)
+                    && !flags(*fd).lines().any(|line| line.starts_with("flags:") && line.contains("02"))
+            })
+            .collect();
+        assert!(inherited.is_empty(), "{inherited:?}");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).unwrap();
+        daemon.wait().unwrap();
+        assert!(socket.exists());
+    }
 }

@@ -50,22 +50,32 @@ const LISTENER_POLL: Duration = Duration::from_millis(250);
 const GROUP: &str = "qubes";
 const MODE: u32 = 0o660;
 
-/// The socket while it is served. Dropping it removes it.
+/// The socket while it is served. Dropping it removes it, if it is of our making.
 #[derive(Debug)]
 pub struct Served {
-    path: PathBuf,
+    path: Option<PathBuf>,
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        self.path.iter().for_each(|path| drop(fs::remove_file(path)));
     }
 }
 
 /// Serves the API on a socket at `path`, by threads that end with the process. Signals that somebody waits for are to be blocked
 /// before, for these threads do not know of them.
 pub fn serve(state: &State, path: &Path) -> Result<Served> {
-    let listener = bind(path)?;
+    serve_on(state, bind(path)?)?;
+    tracing::info!("the Admin API is at {}", path.display());
+    Ok(Served { path: Some(path.to_owned()) })
+}
+
+/// The same, on a socket that somebody else has made and keeps.
+pub fn serve_handed_over(state: &State, listener: UnixListener) -> Result<Served> {
+    serve_on(state, listener).map(|()| Served { path: None })
+}
+
+fn serve_on(state: &State, listener: UnixListener) -> Result<()> {
     let server = Arc::new(Server {
         context: Context::new(state.clone()),
         lobby: Lobby::default(),
@@ -76,9 +86,7 @@ pub fn serve(state: &State, path: &Path) -> Result<Served> {
     });
     let looker = Arc::clone(&server);
     start("admin-look", move || looker.look_for_qubes())?;
-    start("admin-accept", move || accept(&server, &listener))?;
-    tracing::info!("the Admin API is at {}", path.display());
-    Ok(Served { path: path.to_owned() })
+    start("admin-accept", move || accept(&server, &listener))
 }
 
 fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
