@@ -205,8 +205,10 @@ impl Drop for Lease {
         // A holder that was killed has left its socket.
         let name = self.record.qube.as_ref().unwrap_or(&self.record.name);
         let _ = fs::remove_file(self.state.call_socket(name));
-        settings::forget(&self.state, &self.record.name, self.record.started);
-        let _ = fs::remove_file(&self.path);
+        // Without its record nobody would know of what is left: the next sweep takes both.
+        if settings::forget(&self.state, &self.record.name, self.record.started).is_ok() {
+            let _ = fs::remove_file(&self.path);
+        }
         let _ = match self.rests {
             true => names::give_back(&self.state, self.number),
             false => names::forget(&self.state, self.number),
@@ -253,12 +255,8 @@ pub fn sweep(state: &State) -> Result<()> {
             if qube::check_name(&socket).is_ok() {
                 let _ = fs::remove_file(state.call_socket(&socket));
             }
-            if let Some(record) = &record {
-                settings::forget(
-                    state,
-                    &number.map(|number| number.to_string()).unwrap_or_default(),
-                    record.started,
-                );
+            if let (Some(number), Some(record)) = (number, &record) {
+                settings::forget(state, &number.to_string(), record.started)?;
             }
             let _ = fs::remove_file(&path);
             // Its seven days begin now, as far as anybody can tell.

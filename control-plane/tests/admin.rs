@@ -467,6 +467,16 @@ fn t4_t5_t6_l3_a_disposable_made_by_the_api_is_of_the_callers_default_and_not_an
     assert!(qubes
         .refused("admin.vm.CreateDisposable", "work", "", "")
         .contains("template_for_dispvms=False"));
+    // The next daemon removes what nobody has started; named ones stay.
+    qubes.ok("admin.vm.Create.DispVM", "dom0", "debian-dvm", "name=mail-disp label=red");
+    let left = qubes.ok("admin.vm.CreateDisposable", "debian-dvm", "", "");
+    let held = qubes.ok("admin.vm.CreateDisposable", "debian-dvm", "", "");
+    let starting = control_plane::qube::hold_running(&qubes.state, &held).unwrap();
+    drop(serve(&qubes.state, &qubes.folder.path().join("next.sock")).unwrap());
+    let there = |name: &str| qubes.state.qube(name).exists();
+    assert!(there("mail-disp") && there(&held) && !there(&left));
+    drop(starting);
+    let name = qubes.ok("admin.vm.CreateDisposable", "debian-dvm", "", "");
     // A name that a record has is nobody else's, and a record is not swept away before it has run.
     let number = control_plane::clones::number_of(&name).unwrap();
     assert!(control_plane::clones::is_taken(&qubes.state, number));

@@ -26,7 +26,9 @@ use super::world::Context;
 use super::{api, events};
 use crate::clones;
 use crate::error::{Error, Kind, Result};
+use crate::qube::Qube;
 use crate::state::State;
+use crate::templates;
 
 /// Calls that are answered at once; `qvm-ls` makes one at a time. Others wait for a place.
 const CALLS_MAX: usize = 64;
@@ -84,9 +86,17 @@ fn serve_on(state: &State, listener: UnixListener) -> Result<()> {
         long_calls: Places::new(LONG_CALLS_MAX),
         listeners: Places::new(LISTENERS_MAX),
     });
+    if let Err(error) = remove_unstarted(state) {
+        tracing::warn!("cannot remove disposables that were never started: {error}");
+    }
     let looker = Arc::clone(&server);
     start("admin-look", move || looker.look_for_qubes())?;
     start("admin-accept", move || accept(&server, &listener))
+}
+
+/// Whoever had a disposable made by an earlier daemon, and has not started it, has lost its connection and will not.
+fn remove_unstarted(state: &State) -> Result<()> {
+    Qube::names(state)?.iter().try_for_each(|name| templates::remove_ended(state, name))
 }
 
 fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {

@@ -158,11 +158,17 @@ pub fn begun(state: &State, disposable: &str, started: u64) -> Result<Option<Set
 }
 
 /// Removes what a disposable that has ended had of settings.
-pub fn forget(state: &State, disposable: &str, started: u64) {
+pub fn forget(state: &State, disposable: &str, started: u64) -> Result<()> {
     let own = Owner::Disposable(disposable.to_owned(), started).path(state);
     for path in [own, begun_path(state, disposable, started)] {
-        let _ = fs::remove_file(path);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Error::io("remove", &path)(error))
+            }
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 fn begun_path(state: &State, disposable: &str, started: u64) -> PathBuf {
@@ -280,7 +286,7 @@ mod tests {
         assert_eq!(begun(&state, "disp7", 50).unwrap().unwrap().notes, "one");
         times.sort();
         println!("keeping a template's settings: median {:?}, most {:?}", times[49], times[97]);
-        forget(&state, "disp7", 50);
+        forget(&state, "disp7", 50).unwrap();
         assert_eq!(begun(&state, "disp7", 50).unwrap(), None);
         sweep(&state, || Ok(vec![Owner::Disposable("disp7".into(), 3)])).unwrap();
         assert_eq!(fs::read_dir(state.disposables()).unwrap().count(), 1);
