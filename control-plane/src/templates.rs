@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use crate::admin::settings::{Owner, Settings};
 use crate::clones;
 use crate::daemon;
 use crate::error::{Error, Kind, Result};
@@ -144,9 +145,21 @@ fn install_generation(
     sync_folder(aside)?;
     fs::rename(aside, &folder).map_err(Error::io("rename to", &folder))?;
     sync_folder(&state.qube(name).join("root"))?;
+    if !state.qube(name).join("qube.toml").exists() {
+        begin_features(state, name)?;
+    }
     let class = Class::TemplateVM(template);
     Qube { name: name.to_owned(), label: label.to_owned(), class }.save(state)?;
     Ok(generation)
+}
+
+/// What Qubes' agents tell of a template once it has run, and ours can do in each: `qubes.FeaturesRequest` sets these
+/// (QubesOS/qubes-core-admin `qubes/ext/core_features.py`).
+fn begin_features(state: &State, name: &str) -> Result<()> {
+    let owner = Owner::Qube(name.to_owned());
+    let mut settings = Settings::load(state, &owner)?;
+    settings.features.entry("vmexec".to_owned()).or_insert_with(|| "1".to_owned());
+    settings.save(state, &owner)
 }
 
 /// Makes a DVM template, or changes the settings of one that is there; its private volume and savefile stay.

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use common::{Guest, LIMIT, NAME};
 use control_plane::calls::client;
-use control_plane::calls::exchange::CALLS_MAX;
 use control_plane::calls::message::{Control, Status};
+use control_plane::calls::requests::CALLS_MAX;
 use control_plane::daemon::channel::Channel;
 use control_plane::error::{Kind, Result};
 use control_plane::session::{Ending, SessionError};

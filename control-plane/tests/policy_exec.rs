@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 
 use common::{program, qubes};
 use control_plane::clones::{Keeping, Lease};
+use control_plane::daemon::channel::Listener;
 use control_plane::state::State;
 
 const POLICY: &str = "
@@ -72,7 +73,6 @@ impl Setup {
         command.env("DISPVM_POLICY_DIR", self.path("policy"));
         command.env("DISPVM_RPC_DIR", self.path("rpc"));
         command.env("DISPVM_ASK_PROMPT", self.path("no-prompt"));
-        command.env("DISPVM_API_SOCKET", self.path("no-api"));
         command.env("QREXEC_STRAY", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -149,7 +149,7 @@ fn a_bad_file_refuses_all_and_is_named_with_its_line() {
 #[test]
 fn a_call_into_a_qube_that_runs_goes_to_its_call_socket_as_the_user_of_the_rule() {
     let qubes = Setup::new();
-    fs::write(qubes.state.call_socket("vault"), "").unwrap();
+    let _holder = Listener::bind(&qubes.state.call_socket("vault")).unwrap();
     let root = qubes.state.root().display();
     let expected = format!("qrexec-client --root {root} -d vault -- root:QUBESRPC qubes.VMShell work\n");
     assert_eq!(qubes.call(["work", "vault", "qubes.VMShell"]), (0, expected));

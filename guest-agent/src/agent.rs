@@ -10,15 +10,17 @@
 //! - A guest may be captured whenever it is frozen. The answer to `Freeze` is the last thing written before, so both directions are at a
 //!   frame's boundary when another host takes over.
 
+mod clone;
+
 use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
-use qrexec::{Decoder, Exec, GuestFrame, Hello, HostFrame, Identity, Op, ProtocolError, PROTOCOL};
+use qrexec::{Decoder, GuestFrame, Hello, HostFrame, Op, ProtocolError, PROTOCOL};
 
 use crate::calls::Calls;
 use crate::cgroup::Freezer;
-use crate::command::{Command, NotStarted, Unborn};
+use crate::command::Unborn;
 use crate::commands::Commands;
 use crate::errand::{Errand, Hook};
 use crate::failure::Failure;
@@ -31,9 +33,6 @@ use crate::sys::{self, PollSlot};
 
 /// Bytes read at once.
 const READ_BYTES: usize = 64 << 10;
-
-/// Programs that the command may be waiting for are not kept from running for longer.
-const THAW_PAUSE: Duration = Duration::from_millis(100);
 
 /// The agent.
 pub struct Agent {
@@ -227,98 +226,11 @@ impl Agent {
         });
     }
 
-    fn freeze(&mut self) -> Result<(), Failure> {
-        self.alone()?;
-        if self.commands.any() {
-            return Err(Failure::ours("freeze", libc::EBUSY, "commands are running"));
-        }
-        self.kit = Some(Kit::open()?);
-        self.unborn = Unborn::new(&self.place).ok(); // without, a command is started the usual way
-        let apart = self.place.cgroup_path().map(String::from);
-        let frozen = self
-            .freezer()?
-            .freeze(apart.as_deref())
-            .and_then(|()| self.kit.as_mut().map_or(Ok(()), Kit::poise));
-        match frozen {
-            Ok(()) => self.calls.end(&mut self.outbox),
-            Err(_) => drop(self.thaw()),
-        }
-        frozen
-    }
-
-    /// With what was made ready for it; where others have run since, the files may have changed, and are opened anew.
-    fn identify(&mut self, identity: &Identity) -> Result<(), Failure> {
-        self.nobody = true;
-        let untouched = self.freezer.as_ref().is_ok_and(Freezer::is_whole);
-        match self.kit.as_mut().filter(|_| untouched) {
-            Some(kit) => kit.apply(identity),
-            None => Kit::open()?.apply(identity),
-        }?;
-        self.nobody = false;
-        Ok(())
-    }
-
-    /// The command and the thaw come along with the identity: where that has failed, they must not happen.
-    fn refuse(&mut self, stream: u32, op: Op) {
-        let why = "the guest has not become who it was to be";
-        self.fail(stream, Some(op), Failure::ours("go on", libc::EPERM, why));
-    }
-
     fn settle(&mut self) -> Result<(), Failure> {
         self.alone()?;
         let free_bytes = power::settle()?;
         self.outbox.push(&GuestFrame::FreeMemory(free_bytes));
         Ok(())
-    }
-
-    fn thaw(&mut self) -> Result<(), Failure> {
-        self.freezer()?.thaw()?;
-        self.spent = self.kit.take();
-        self.unborn = None;
-        Ok(())
-    }
-
-    /// How long a thaw waits for the first word of the command that was launched: all the rest of the guest would wake up and
-    /// compete with it, for nobody's good.
-    fn thaw_pause(&self) -> Duration {
-        let waits = self.commands.any() && self.freezer.as_ref().is_ok_and(Freezer::is_frozen);
-        if waits {
-            THAW_PAUSE
-        } else {
-            Duration::ZERO
-        }
-    }
-
-    /// Thaws, if that has been put off.
-    fn thaw_now(&mut self) {
-        if self.thaw_by.take().is_some() {
-            self.answer(Op::Thaw, Self::thaw);
-        }
-    }
-
-    /// Starts a command, if everything is frozen in the process that waits for it. The group of commands is thawed for it: a
-    /// command need not wait for all the rest.
-    fn execute(&mut self, stream: u32, exec: Exec) -> Result<(), ProtocolError> {
-        let exec = match self.place.services().resolve(exec) {
-            Ok(exec) => exec,
-            Err(failure) => {
-                self.fail(stream, Some(Op::Exec), failure);
-                return Ok(());
-            }
-        };
-        let Self { place, commands, outbox, freezer, unborn, .. } = self;
-        let thaw = || match (freezer, place.top_cgroup()) {
-            (Ok(freezer), Some(name)) => freezer.thaw_group(name),
-            _ => Ok(()),
-        };
-        let suits = unborn.as_ref().is_some_and(|unborn| unborn.suits(&exec));
-        let unborn = unborn.take_if(|_| suits);
-        commands.start_by(stream, outbox, || match unborn {
-            Some(unborn) => Command::bear(stream, exec, place, unborn, thaw),
-            None => {
-                thaw().map_err(NotStarted::Failure).and_then(|()| Command::start(stream, exec, place, None))
-            }
-        })
     }
 
     /// The answer goes first: there may be no time after. Frozen processes can't shut down.

@@ -1,5 +1,6 @@
 //! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user; `dispvm-agent vmexec
-//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`. Started as one of `tools`, it is that.
+//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`; `dispvm-agent receive-files` is `qubes.Filecopy`.
+//! Started as one of `tools`, it is that.
 
 use std::ffi::{OsStr, OsString};
 use std::io::ErrorKind;
@@ -28,8 +29,9 @@ fn main() -> ExitCode {
         [] => serve(),
         [word] if word == "session" => session::run().map(|never| match never {}),
         [word, argument] if word == "vmexec" => return become_command(argument),
+        [word] if word == "receive-files" => return tools::receive_files(),
         _ => {
-            eprintln!("usage: dispvm-agent [session | vmexec ARGUMENT]");
+            eprintln!("usage: dispvm-agent [session | vmexec ARGUMENT | receive-files]");
             return ExitCode::from(2);
         }
     };

@@ -2,10 +2,10 @@
 
 mod common;
 
-use std::io::Write;
-use std::process::Stdio;
+use std::io::{Read, Write};
+use std::process::{Command, ExitStatus, Stdio};
 
-use common::guest::{status, text, Guest};
+use common::guest::{agent, status, text, Guest};
 use qrexec::{Exit, GuestFrame, HostFrame};
 
 #[test]
@@ -168,5 +168,76 @@ fn without_an_agent_a_caller_is_told_where_it_was_looked_for() {
     let output = guest.tool("qvm-run").arg("work").output().expect("ends");
     assert_eq!(status(&output), Some(2));
     assert!(text(&output.stderr).starts_with("usage: "), "{}", text(&output.stderr));
+    guest.host.hang_up();
+}
+
+/// Leads a call to a service that says little, until the caller has said all.
+fn carry(guest: &mut Guest, stream: u32, service: &mut Command) -> ExitStatus {
+    let mut service = service.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("starts");
+    let (mut stdin, mut stdout) =
+        (service.stdin.take().expect("piped"), service.stdout.take().expect("piped"));
+    let mut to_agent = guest.host.socket.try_clone().expect("dup");
+    let answering = std::thread::spawn(move || {
+        let (mut bytes, mut frames) = (Vec::new(), Vec::new());
+        stdout.read_to_end(&mut bytes).expect("answers");
+        HostFrame::CallStdout { stream, bytes }.encode(&mut frames).expect("is short");
+        HostFrame::CallStdoutEof { stream }.encode(&mut frames).expect("is short");
+        to_agent.write_all(&frames).expect("says it");
+    });
+    loop {
+        match guest.host.hear() {
+            GuestFrame::CallStdin { bytes, .. } => {
+                stdin.write_all(&bytes).expect("takes it");
+                guest.host.say(HostFrame::CallStdinCredit { stream, bytes: bytes.len() as u32 });
+            }
+            GuestFrame::CallStdinEof { .. } => break,
+            other => panic!("unexpected: {other:?}"),
+        }
+    }
+    answering.join().expect("answered");
+    let status = service.wait().expect("ends");
+    guest.exit(stream, status.code().expect("exited") as u8);
+    status
+}
+
+#[test]
+fn l6_files_go_from_qube_to_qube() {
+    let folder = tempfile::tempdir().expect("tempdir");
+    let (from, home) = (folder.path().join("from"), folder.path().join("home"));
+    std::fs::create_dir_all(from.join("tree/inner")).expect("mkdir");
+    std::fs::create_dir(&home).expect("mkdir");
+    let content = "some text\n".repeat(100_000);
+    std::fs::write(from.join("tree/inner/file"), &content).expect("write");
+    for (name, target) in [("qvm-copy-to-vm", Some("disp42")), ("qvm-move", None)] {
+        let mut guest = Guest::new();
+        let source = name.trim_start_matches("qvm-").trim_end_matches("-to-vm");
+        let sender = guest.tool(name).arg("--").args(target).arg(from.join("tree")).spawn().expect("starts");
+        let (stream, called, service) = guest.hear_call();
+        assert_eq!((called.as_str(), service.as_str()), (target.unwrap_or("@default"), "qubes.Filecopy"));
+        guest.host.say(HostFrame::CallAccepted { stream });
+        let mut receiver = Command::new(agent());
+        receiver.arg("receive-files").env("HOME", &home).env("QREXEC_REMOTE_DOMAIN", source);
+        assert!(carry(&mut guest, stream, &mut receiver).success());
+        let output = sender.wait_with_output().expect("ends");
+        assert_eq!((status(&output), text(&output.stderr)), (Some(0), ""));
+        let came = home.join("QubesIncoming").join(source).join("tree/inner/file");
+        assert!(std::fs::read_to_string(came).expect("has come") == content);
+        assert_eq!(from.join("tree").exists(), name != "qvm-move");
+        guest.host.hang_up();
+    }
+}
+
+#[test]
+fn a_transfer_that_is_refused_leaves_files_where_they_are() {
+    let file = tempfile::NamedTempFile::new().expect("tempfile");
+    let mut guest = Guest::new();
+    let sender = guest.tool("qvm-move-to-vm").arg("work").arg(file.path()).spawn().expect("starts");
+    let (stream, ..) = guest.hear_call();
+    guest.host.say(HostFrame::CallRefused { stream });
+    let output = sender.wait_with_output().expect("ends");
+    assert_eq!((status(&output), text(&output.stderr)), (Some(126), "Request refused\n"));
+    assert!(file.path().exists());
+    let output = guest.tool("qvm-copy-to-vm").arg("work").output().expect("ends");
+    assert_eq!(status(&output), Some(1), "nothing to copy");
     guest.host.hang_up();
 }

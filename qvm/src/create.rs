@@ -3,7 +3,7 @@
 use clap::Parser;
 
 use crate::api::{Api, Common, SYSTEM};
-use crate::outcome::{print, quoted, Failure, Outcome, FAILED};
+use crate::outcome::{no_import, print, quoted, Failure, Outcome, FAILED};
 
 /// Status when the qube is there, but not all of its properties are.
 const PROPERTY_FAILED: u8 = 2;
@@ -32,6 +32,12 @@ pub struct Options {
     /// Label: red, yellow, green …
     #[arg(long, short)]
     label: Option<String>,
+    /// Not possible: volumes' data does not go through this API
+    #[arg(long, short = 'r', value_name = "FILENAME", conflicts_with = "root_move_from")]
+    root_copy_from: Option<String>,
+    /// Not possible, as --root-copy-from
+    #[arg(long, short = 'R', value_name = "FILENAME")]
+    root_move_from: Option<String>,
     /// List available classes, and exit
     #[arg(long)]
     help_classes: bool,
@@ -52,6 +58,9 @@ pub fn run(mut options: Options) -> Outcome {
         let mut classes = api.names("admin.vmclass.List", SYSTEM, "")?;
         classes.sort();
         return print(&format!("{}\n", classes.join("\n"))).map(|()| 0);
+    }
+    if let Some(file) = options.root_copy_from.as_ref().or(options.root_move_from.as_ref()) {
+        return Err(Failure::Runtime(no_import(file), FAILED));
     }
     // These may be given as properties too.
     let mut take = |name: &str, given: Option<String>| {

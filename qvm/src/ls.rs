@@ -4,6 +4,8 @@
 //! asked for, or `--internal` says so.
 
 mod columns;
+mod format;
+mod order;
 
 use admin_api::lines::Qube;
 use clap::{Parser, ValueEnum};
@@ -20,12 +22,22 @@ use columns::Row;
 pub struct Options {
     #[command(flatten)]
     common: Common,
-    /// Preset format
-    #[arg(long, short = 'o', value_enum, default_value = "simple", conflicts_with = "fields")]
-    format: Format,
+    #[command(flatten)]
+    preset: format::Preset,
     /// Columns to show; any property is one
     #[arg(long, short = 'O', value_name = "FIELD,...", value_delimiter = ',')]
     fields: Vec<String>,
+    /// Show each qube below its netvm
+    #[arg(long, short, conflicts_with_all = ["raw_data", "raw_list"])]
+    tree: bool,
+    #[command(flatten)]
+    sort: order::Sort,
+    /// List the columns there are, and exit
+    #[arg(long)]
+    help_columns: bool,
+    /// List the formats there are, and exit
+    #[arg(long)]
+    help_formats: bool,
     /// No heading, and columns divided by '|'
     #[arg(long)]
     raw_data: bool,
@@ -66,14 +78,6 @@ pub struct Options {
     names: Vec<String>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Format {
-    Simple,
-    Network,
-    Full,
-    Disk,
-}
-
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Internal {
     Y,
@@ -110,27 +114,6 @@ struct States {
     crashed: bool,
 }
 
-impl Format {
-    fn columns(self) -> &'static [&'static str] {
-        match self {
-            Format::Simple => &["name", "state", "class", "label", "template", "netvm"],
-            Format::Network => &["name", "state", "netvm", "ip", "ipback", "gateway"],
-            Format::Full => &["name", "state", "class", "label", "qid", "xid", "uuid"],
-            Format::Disk => &[
-                "name",
-                "state",
-                "disk",
-                "priv-curr",
-                "priv-max",
-                "priv-used",
-                "root-curr",
-                "root-max",
-                "root-used",
-            ],
-        }
-    }
-}
-
 impl States {
     fn fits(&self, state: &str) -> bool {
         let all = [
@@ -149,6 +132,10 @@ impl States {
 
 /// Runs `qvm-ls`.
 pub fn run(options: Options) -> Outcome {
+    if options.help_columns || options.help_formats {
+        let text = if options.help_columns { format::columns_text() } else { format::formats_text() };
+        return print(&text).map(|()| 0);
+    }
     let api = options.common.api();
     let failed = |failure| match failure {
         Failure::Runtime(message, _) => Failure::Error(message),
@@ -165,17 +152,24 @@ fn text(options: &Options, api: &Api) -> Outcome<String> {
         return Ok(shown.iter().map(|row| format!("{}\n", row.qube.name)).collect());
     }
     let columns: Vec<String> = match options.fields.is_empty() {
-        true => options.format.columns().iter().map(|column| column.to_string()).collect(),
+        true => options.preset.columns().iter().map(|column| column.to_string()).collect(),
         false => options.fields.iter().map(|field| field.trim().to_owned()).collect(),
     };
     let heads: Vec<String> = columns.iter().map(|column| column.replace('_', "-").to_uppercase()).collect();
+    let order = if options.tree { order::tree(&shown) } else { shown.iter().map(|row| (0, row)).collect() };
     let mut rows = Vec::new();
-    for row in &shown {
-        let cells = heads.iter().map(|head| row.cell(api, head)).collect::<Result<Vec<_>, _>>()?;
-        rows.push(cells);
+    for (depth, row) in order {
+        let cell = |head: &String| match &head[..] {
+            "NAME" => Ok(order::indented(depth, &row.qube.name)),
+            head => row.cell(api, head),
+        };
+        rows.push(heads.iter().map(cell).collect::<Result<Vec<_>, _>>()?);
     }
     if options.raw_data {
         return Ok(rows.iter().map(|row| row.join("|") + "\n").collect());
+    }
+    if !options.tree {
+        options.sort.apply(&heads, &mut rows);
     }
     rows.insert(0, heads);
     Ok(table::draw(&rows))

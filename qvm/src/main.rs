@@ -6,7 +6,7 @@
 //!
 //! Invariants:
 //! - a tool is a function of its arguments and of what the API answers; it keeps nothing;
-//! - one file per tool. What several need stands in `api` (calls, and what they answer), `names` (which qubes are meant),
+//! - one file per tool, or for a few that do alike. What several need stands in `api` (calls, and what they answer), `names` (which qubes are meant),
 //!   `outcome` (how a tool ends), `programs` (what they run) and `table`.
 
 mod api;
@@ -14,18 +14,16 @@ mod create;
 mod features;
 mod files;
 mod firewall;
-mod kill;
 mod legacy;
 mod ls;
 mod names;
 mod outcome;
-mod pause;
+mod power;
 mod prefs;
 mod programs;
 mod remove;
 mod run;
 mod shutdown;
-mod start;
 mod table;
 mod tags;
 mod volume;
@@ -47,12 +45,12 @@ const TOOLS: &[Tool] = &[
     ("qvm-volume", |name, args| outcome::tool(name, args, volume::run)),
     ("qvm-create", |name, args| outcome::tool(name, args, create::run)),
     ("qvm-remove", |name, args| outcome::tool(name, args, remove::run)),
-    ("qvm-start", |name, args| outcome::tool(name, args, start::run)),
+    ("qvm-start", |name, args| outcome::tool(name, args, power::start)),
     ("qvm-shutdown", |name, args| outcome::tool(name, args, shutdown::run)),
     ("qvm-run", |name, args| outcome::tool(name, args, run::run)),
-    ("qvm-kill", |name, args| outcome::tool(name, args, kill::run)),
-    ("qvm-pause", |name, args| outcome::tool(name, args, pause::pause)),
-    ("qvm-unpause", |name, args| outcome::tool(name, args, pause::unpause)),
+    ("qvm-kill", |name, args| outcome::tool(name, args, power::kill)),
+    ("qvm-pause", |name, args| outcome::tool(name, args, power::pause)),
+    ("qvm-unpause", |name, args| outcome::tool(name, args, power::unpause)),
     ("qvm-copy-to-vm", |name, args| outcome::tool(name, args, files::copy)),
     ("qvm-move-to-vm", |name, args| outcome::tool(name, args, files::move_)),
     ("qvm-create-default-dvm", |name, args| outcome::tool(name, args, legacy::create)),

@@ -2,12 +2,14 @@
 
 use admin_api::lines::Qube;
 
-use crate::api::Api;
+use crate::api::{Api, Common};
 use crate::outcome::{quoted, Failure, Outcome};
 
 /// The qubes that a tool is to do something with, at least one.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Qubes {
+    #[command(flatten)]
+    common: Common,
     /// Perform the action on all qubes but dom0
     #[arg(long = "all")]
     pub is_all: bool,
@@ -20,6 +22,11 @@ pub struct Qubes {
 }
 
 impl Qubes {
+    /// The API they are in.
+    pub fn api(&self) -> Api {
+        self.common.api()
+    }
+
     /// The qubes meant.
     pub fn select(&self, api: &Api) -> Outcome<Vec<Qube>> {
         let qubes = api.qubes()?;

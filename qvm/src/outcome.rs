@@ -86,6 +86,13 @@ pub fn print(text: &str) -> Outcome<()> {
     printed.map_err(|error| Failure::Runtime(format!("cannot write to standard output: {error}"), FAILED))
 }
 
+/// Why no volume is filled from a file.
+pub fn no_import(path: &str) -> String {
+    format!(
+        "volumes' data does not go through this API. Hint: `dispvm-qube add-template NAME --root-image {path} …` gives a TemplateVM its root"
+    )
+}
+
 /// A name as Python shows it.
 pub fn quoted(name: &str) -> String {
     format!("'{name}'")

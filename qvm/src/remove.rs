@@ -6,7 +6,7 @@ use admin_api::lines::{Property, Type};
 use admin_api::{ApiError, Kind};
 use clap::Parser;
 
-use crate::api::{is, Api, Common, SYSTEM};
+use crate::api::{is, Api, SYSTEM};
 use crate::names::Qubes;
 use crate::outcome::{print, Outcome, FAILED};
 
@@ -14,8 +14,6 @@ use crate::outcome::{print, Outcome, FAILED};
 #[derive(Parser)]
 #[command(version)]
 pub struct Options {
-    #[command(flatten)]
-    common: Common,
     /// Do not ask for confirmation
     #[arg(long, short)]
     force: bool,
@@ -25,7 +23,7 @@ pub struct Options {
 
 /// Runs `qvm-remove`.
 pub fn run(options: Options) -> Outcome {
-    let api = options.common.api();
+    let api = options.qubes.api();
     let qubes = options.qubes.select(&api)?;
     if qubes.iter().any(|qube| qube.class == "AdminVM") {
         eprintln!("Domain 'dom0' cannot be removed.");

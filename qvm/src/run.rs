@@ -158,6 +158,7 @@ pub fn run(mut options: Options) -> Outcome {
         let message = "--passio cannot be used when more than 1 qube is chosen and no --localcmd is used";
         return Err(Failure::Usage(message.into()));
     }
+    let alone = qubes.len() == 1;
     let mut status = 0;
     let mut calls = Vec::new();
     for qube in qubes {
@@ -166,7 +167,7 @@ pub fn run(mut options: Options) -> Outcome {
             status = FAILED;
             continue;
         }
-        match call(&options, &api, &qube.name, &what) {
+        match call(&options, &api, &qube.name, &what, alone) {
             Ok(call) => calls.push(call),
             Err(Called::Api(error)) => {
                 eprintln!("{error}");
@@ -187,7 +188,7 @@ enum Called {
     Failure(Failure),
 }
 
-fn call(options: &Options, api: &Api, qube: &str, what: &What) -> Result<qrexec::Call, Called> {
+fn call(options: &Options, api: &Api, qube: &str, what: &What, alone: bool) -> Result<qrexec::Call, Called> {
     if !options.no_autostart {
         start(api, qube).map_err(Called::Api)?;
     }
@@ -195,8 +196,8 @@ fn call(options: &Options, api: &Api, qube: &str, what: &What) -> Result<qrexec:
     if !options.no_gui {
         qrexec::wait_for_session(api, qube).map_err(Called::Failure)?;
     }
-    let takes_argv = what.is_argv() && api.has_vmexec(qube).map_err(Called::Api)?;
-    qrexec::call(options, qube, what, takes_argv).map_err(Called::Failure)
+    let takes_argv = !matches!(what, What::Service(_)) && api.has_vmexec(qube).map_err(Called::Api)?;
+    qrexec::call(options, qube, what, takes_argv, alone).map_err(Called::Failure)
 }
 
 /// What is printed while it lives has a colour.

@@ -7,7 +7,7 @@ use admin_api::lines::Qube;
 use admin_api::Kind;
 use clap::Parser;
 
-use crate::api::{is, Api, Common};
+use crate::api::{is, Api};
 use crate::names::Qubes;
 use crate::outcome::{Failure, Outcome};
 
@@ -18,8 +18,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 #[derive(Parser)]
 #[command(version)]
 pub struct Options {
-    #[command(flatten)]
-    common: Common,
     /// Wait for the qubes to shut down
     #[arg(long)]
     wait: bool,
@@ -40,7 +38,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 /// Runs `qvm-shutdown`. The status is the number of qubes that are not down.
 pub fn run(options: Options) -> Outcome {
-    let api = options.common.api();
+    let api = options.qubes.api();
     let qubes = options.qubes.select(&api)?;
     let force = if options.force || options.qubes.is_all { "force" } else { "" };
     let mut left: Vec<&Qube> = qubes.iter().collect();

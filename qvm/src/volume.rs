@@ -6,7 +6,7 @@ use admin_api::lines::pairs;
 use clap::{Parser, Subcommand};
 
 use crate::api::{Api, Common};
-use crate::outcome::{print, quoted, Failure, Outcome, FAILED};
+use crate::outcome::{no_import, print, quoted, Failure, Outcome, FAILED};
 use crate::table;
 
 /// What `info` says, in its order.
@@ -69,6 +69,20 @@ enum What {
         /// Bytes, or with a unit: 10GiB, 500MB
         size: String,
     },
+    /// Not possible: volumes' data does not go through this API
+    Import {
+        /// Bytes that the volume is to have
+        #[arg(long)]
+        size: Option<u64>,
+        /// Leave its size as it is
+        #[arg(long)]
+        no_resize: bool,
+        /// A volume
+        #[arg(value_name = "VM:VOLUME")]
+        volume: String,
+        /// What to fill it with
+        path: String,
+    },
     /// List volumes
     #[command(visible_aliases = ["ls", "l"])]
     List(list::Options),
@@ -92,6 +106,7 @@ pub fn run(options: Options) -> Outcome {
             Volume::find(&api, &volume)?.configure(&property, &value)?
         }
         What::Resize { force, volume, size } => Volume::find(&api, &volume)?.resize(&size, force)?,
+        What::Import { path, .. } => return Err(Failure::error(no_import(&path))),
         What::List(options) => list::run(&options, &api)?,
         What::Revert { volume, revision } => Volume::find(&api, &volume)?.revert(revision)?,
     }

@@ -1,24 +1,22 @@
 //! What the process of a call becomes: a service of dom0's, a call into another qube, or the launch of a disposable.
 
-use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use admin_api::Request;
 use policy::{Allow, Destination};
 use qrexec::service::Target;
 
 use super::decide::Asked;
 use super::{programs, service, verdict};
+use crate::daemon::channel::Channel;
+use crate::daemon::client;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
 /// Where dom0's services are.
 const SERVICE_DIRS: [&str; 2] = ["/usr/local/etc/qubes-rpc", "/etc/qubes-rpc"];
-/// Where the Admin API is asked to start a qube.
-const API_SOCKET: &str = "/var/run/qubesd.sock";
 /// Who stands for the target's own user.
 const DEFAULT_USER: &str = "DEFAULT";
 
@@ -38,9 +36,7 @@ fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>
         Destination::AdminVm => in_dom0(asked, user),
         Destination::Qube(name) => {
             service::user(user)?;
-            if !state.call_socket(name).exists() {
-                start(name)?;
-            }
+            have_running(state, name)?;
             let mut client = programs::command("qrexec-client", state);
             client.args(["-d", name, "--"]);
             client.arg(format!("{user}:QUBESRPC {} {source}", asked.service));
@@ -56,19 +52,12 @@ fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>
     }
 }
 
-/// Has a qube started. That it runs already is as good.
-fn start(name: &str) -> Result<()> {
-    let socket = std::env::var_os("DISPVM_API_SOCKET").filter(|path| !path.is_empty());
-    let socket = PathBuf::from(socket.unwrap_or_else(|| OsString::from(API_SOCKET)));
-    match admin_api::client::call(&socket, &Request::new("admin.vm.Start", name)) {
-        Ok(_) => Ok(()),
-        Err(admin_api::ApiError::Exception(exception)) if exception.kind == admin_api::Kind::VmNotHalted => {
-            Ok(())
-        }
-        Err(error) => Err(Error::new(Kind::Refused, format!("{name} does not run, and cannot be started"))
-            .because(error)
-            .hint(format!("`qvm-start {name}` says more"))),
+/// Has a qube started, if nobody takes calls into it.
+fn have_running(state: &State, name: &str) -> Result<()> {
+    if Channel::connect(&state.call_socket(name)).is_ok() {
+        return Ok(());
     }
+    client::start(state, name).map(drop)
 }
 
 /// The executable SERVICE+ARG or SERVICE of the first folder that has one.

@@ -3,28 +3,25 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use engine::host::HostError;
 use engine::timeline::Timeline;
 use nix::poll::PollFlags;
-use qrexec::{Exec, Failed, GuestFrame, HostFrame, Op, CALL_STREAM, STREAMS_MAX};
+use qrexec::{Failed, GuestFrame, Op, CALL_STREAM};
 
 use super::command::{Command, Which, Whose};
-use super::message::{Answer, Control, Message, Status, CALL_FDS};
+use super::message::Answer;
 use super::outgoing::{Outgoing, Part};
-use super::reception::{Reception, Wish};
+use super::reception::Reception;
 use super::watch::Watch;
 use crate::agent_link::{AgentLink, COMMAND_STREAM};
-use crate::daemon::channel::Channel;
 use crate::error::Result;
 use crate::output::error_text;
 use crate::session::{Attended, Caller, Ending, SessionError, Signals};
 use crate::state::State;
 
-/// Commands of callers at a time: what the agent takes, but for the main one.
-pub const CALLS_MAX: usize = STREAMS_MAX - 1;
 /// No more of anybody's input is read while so much waits to be sent: what comes behind it would wait as well.
 const INPUT_BACKLOG: usize = 256 << 10;
 /// A guest that does not listen is not listened to either, once so much waits for it: each of its frames may cost us an answer.
@@ -34,7 +31,7 @@ const FRAMES_A_TURN: usize = 256;
 /// How long a domain may take to tell that it has ended once its agent's channel has closed.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-type Ended<T> = std::result::Result<T, SessionError>;
+pub(super) type Ended<T> = std::result::Result<T, SessionError>;
 
 /// A running guest and all calls into it and out of it.
 pub struct Exchange {
@@ -73,12 +70,12 @@ impl Exchange {
 /// What there is beside the agent's channel.
 pub(crate) struct Hub {
     reception: Option<Reception>,
-    outgoing: Outgoing,
-    commands: BTreeMap<u32, Command>,
-    last_stream: u32,
+    pub(super) outgoing: Outgoing,
+    pub(super) commands: BTreeMap<u32, Command>,
+    pub(super) last_stream: u32,
     thawed: bool,
-    paused: bool,
-    shutting_down: bool,
+    pub(super) paused: bool,
+    pub(super) shutting_down: bool,
 }
 
 /// What can be ready.
@@ -260,6 +257,10 @@ impl Hub {
         Ok(None)
     }
 
+    fn abandon(&mut self, stream: u32, link: &mut AgentLink) -> Ended<()> {
+        self.commands.get_mut(&stream).map_or(Ok(()), |command| command.abandon(link))
+    }
+
     fn wait(
         &self,
         link: &AgentLink,
@@ -303,107 +304,6 @@ impl Hub {
         self.outgoing.deadline().into_iter().for_each(|deadline| watch.until(deadline));
         watch.wait().map_err(|error| io_error("wait")(error.into()))
     }
-
-    /// Does what somebody at the call socket wants.
-    fn grant(&mut self, wish: Wish, link: &mut AgentLink, domain: &mut dyn Attended) -> Ended<()> {
-        let Wish { whose, message, fds } = wish;
-        let answer = match message {
-            Ok(Message::Control(control)) => self.control(control, link, domain)?,
-            Ok(Message::Start(exec)) => match self.room() {
-                Ok(stream) => {
-                    link.queue(&HostFrame::Exec { stream, exec })?;
-                    link.queue(&HostFrame::StdinEof { stream })?;
-                    self.commands.insert(stream, Command::nobodys(stream, Whose::Nobody));
-                    Answer::Done
-                }
-                Err(reason) => Answer::Refused { reason },
-            },
-            Ok(Message::Call(exec)) => match three(fds).and_then(|fds| Ok((fds, self.room()?))) {
-                Ok((fds, stream)) => return self.begin(whose, stream, exec, &fds, link),
-                Err(reason) => Answer::Refused { reason },
-            },
-            Err(error) => Answer::Refused { reason: error.to_string() },
-        };
-        // One that has gone has no ears.
-        let _ = whose.send(&answer, &[]);
-        Ok(())
-    }
-
-    /// The stream of one more command, or why there is none.
-    fn room(&mut self) -> std::result::Result<u32, String> {
-        let others = self.commands.values().filter(|command| !command.is_main()).count();
-        if self.shutting_down {
-            return Err("it is shutting down".to_owned());
-        }
-        if others >= CALLS_MAX || self.last_stream >= CALL_STREAM - 1 {
-            return Err(format!("{others} commands of callers run in it already"));
-        }
-        self.last_stream += 1;
-        Ok(self.last_stream)
-    }
-
-    /// Starts a caller's command.
-    fn begin(
-        &mut self,
-        caller: Channel,
-        stream: u32,
-        exec: Box<Exec>,
-        fds: &[OwnedFd; CALL_FDS],
-        link: &mut AgentLink,
-    ) -> Ended<()> {
-        match Command::new(stream, Whose::Caller(caller), fds.each_ref().map(AsFd::as_fd)) {
-            Ok(command) => {
-                link.queue(&HostFrame::Exec { stream, exec })?;
-                self.commands.insert(stream, command);
-            }
-            Err(error) => tracing::warn!("cannot use a caller's streams: {error}"),
-        }
-        Ok(())
-    }
-
-    fn abandon(&mut self, stream: u32, link: &mut AgentLink) -> Ended<()> {
-        self.commands.get_mut(&stream).map_or(Ok(()), |command| command.abandon(link))
-    }
-
-    fn control(
-        &mut self,
-        control: Control,
-        link: &mut AgentLink,
-        domain: &mut dyn Attended,
-    ) -> Ended<Answer> {
-        let done = match control {
-            Control::Status => return Ok(Answer::Status(self.status())),
-            Control::Shutdown if self.paused => {
-                let reason = "it is paused, and must run to shut down".to_owned();
-                return Ok(Answer::Refused { reason });
-            }
-            Control::Shutdown => {
-                if !std::mem::replace(&mut self.shutting_down, true) {
-                    link.queue(&HostFrame::Shutdown)?;
-                }
-                Ok(())
-            }
-            Control::Pause => domain.pause().map(|()| self.paused = true),
-            Control::Unpause => domain.unpause().map(|()| self.paused = false),
-        };
-        Ok(match done {
-            Ok(()) => Answer::Done,
-            Err(error) => Answer::Refused { reason: error.to_string() },
-        })
-    }
-
-    fn status(&self) -> Status {
-        Status {
-            paused: self.paused,
-            shutting_down: self.shutting_down,
-            commands: self.commands.len(),
-            calls_out: self.outgoing.count(),
-        }
-    }
-}
-
-fn three(fds: Vec<OwnedFd>) -> std::result::Result<[OwnedFd; CALL_FDS], String> {
-    fds.try_into().map_err(|_| "a call comes with stdin, stdout and stderr".to_owned())
 }
 
 /// Waits for the domain to say how it ended: `Some` when the guest has switched itself off, or a signal came.

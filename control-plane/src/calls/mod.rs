@@ -20,7 +20,7 @@
 //! - frames of streams that are not there are dropped: they may have been under way when the stream ended.
 //!
 //! [`Exchange`]: exchange::Exchange
-//! [`CALLS_MAX`]: exchange::CALLS_MAX
+//! [`CALLS_MAX`]: requests::CALLS_MAX
 //! [`GREETING_LIMIT`]: reception::GREETING_LIMIT
 //! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
 //! [`command`]: command::Command
@@ -37,6 +37,7 @@ pub mod outgoing;
 mod port;
 pub mod programs;
 pub mod reception;
+pub mod requests;
 pub mod service;
 pub mod verdict;
 mod watch;

@@ -6,7 +6,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, stderr, stdin, stdout, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -97,8 +97,16 @@ fn carry(socket: &OwnedFd, streams: Streams, carriage: Carriage) -> Result<Answe
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Answer::Exited(EXIT_PIPE)),
         copied => copied.step(|| "write to stdout")?,
     }
+    close_stdout().step(|| "close stdout")?;
     let _ = complain.join();
     hear(socket).map(|(answer, _)| answer)
+}
+
+/// The service has ended its stdout, and whoever reads ours is to see that now: it may be what the service waits for.
+fn close_stdout() -> io::Result<()> {
+    let nowhere = File::options().write(true).open("/dev/null")?;
+    nix::unistd::dup2(nowhere.as_raw_fd(), libc::STDOUT_FILENO)?;
+    Ok(())
 }
 
 /// Leaves the service's streams to a program; whoever calls learns how that one ended, as with Qubes.

@@ -70,7 +70,7 @@ impl Guest {
 }
 
 /// Cargo puts it beside the folder of tests. (Its own variable for that has a hyphen, with which it does not get through a shell.)
-fn agent() -> PathBuf {
+pub fn agent() -> PathBuf {
     let test = std::env::current_exe().expect("there is one");
     test.ancestors().nth(2).expect("it is in target/*/deps").join("dispvm-agent")
 }

@@ -36,7 +36,6 @@ impl Row {
     /// What stands under this head; `-` if there is nothing to say.
     pub fn cell(&self, api: &Api, head: &str) -> Result<String, ApiError> {
         let text = match head {
-            "NAME" => Some(self.qube.name.clone()),
             "STATE" => Some(self.qube.state.clone()),
             "CLASS" => Some(self.qube.class.clone()),
             "UUID" => self.qube.uuid.clone().or_else(|| self.property("uuid").cloned()),
@@ -50,10 +49,12 @@ impl Row {
             "DISK" => Some((self.disk(api)? / MIB).to_string()),
             "PRIV-CURR" => Some(self.volume(api, "private")?.used_mib().to_string()),
             "PRIV-MAX" => Some(self.volume(api, "private")?.size_mib().to_string()),
-            "PRIV-USED" => Some(self.volume(api, "private")?.percent().to_string()),
+            "PRIV-POOL" => Some(self.volume(api, "private")?.pool),
+            "PRIV-USED" => Some(self.volume(api, "private")?.percent()),
             "ROOT-CURR" => Some(self.volume(api, "root")?.used_mib().to_string()),
             "ROOT-MAX" => Some(self.volume(api, "root")?.size_mib().to_string()),
-            "ROOT-USED" => Some(self.volume(api, "root")?.percent().to_string()),
+            "ROOT-POOL" => Some(self.volume(api, "root")?.pool),
+            "ROOT-USED" => Some(self.volume(api, "root")?.percent()),
             head => self.property(&head.replace('-', "_").to_lowercase()).cloned(),
         };
         Ok(text.unwrap_or_else(|| "-".into()))
@@ -103,12 +104,14 @@ impl Row {
 
     fn volume(&self, api: &Api, name: &str) -> Result<Space, ApiError> {
         if !api.names("admin.vm.volume.List", &self.qube.name, "")?.iter().any(|known| known == name) {
-            return Ok(Space { used: 0, size: 0 });
+            return Ok(Space { used: 0, size: 0, pool: "-".into() });
         }
         let info = api.text("admin.vm.volume.Info", &self.qube.name, name)?;
         let number =
             |key| pairs(&info, '\n').find(|(name, _)| *name == key).and_then(|(_, text)| text.parse().ok());
-        Ok(Space { used: number("usage").unwrap_or(0), size: number("size").unwrap_or(0) })
+        let pool = pairs(&info, '\n').find(|(name, _)| *name == "pool").map_or("-", |(_, pool)| pool);
+        let (used, size) = (number("usage").unwrap_or(0), number("size").unwrap_or(0));
+        Ok(Space { used, size, pool: pool.to_owned() })
     }
 }
 
@@ -123,6 +126,7 @@ fn property_of(api: &Api, qube: &str, name: &str) -> Result<Option<String>, ApiE
 struct Space {
     used: u64,
     size: u64,
+    pool: String,
 }
 
 impl Space {
@@ -134,7 +138,10 @@ impl Space {
         self.size / MIB
     }
 
-    fn percent(&self) -> u64 {
-        self.used_mib().saturating_mul(100).checked_div(self.size_mib()).unwrap_or(0)
+    fn percent(&self) -> String {
+        match self.used_mib().saturating_mul(100).checked_div(self.size_mib()) {
+            Some(percent) => format!("{percent}%"),
+            None => "0".into(),
+        }
     }
 }

@@ -29,12 +29,7 @@ impl What {
         }
     }
 
-    /// Whether it is a program with its arguments.
-    pub fn is_argv(&self) -> bool {
-        matches!(self, What::Argv(_))
-    }
-
-    /// The same for a shell.
+    /// The same as a line for a shell.
     pub fn shell_line(&self) -> String {
         match self {
             What::Shell(line) | What::Service(line) => line.trim_end_matches('\n').to_owned(),

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Stdio};
 use std::thread;
 
@@ -13,6 +14,9 @@ use super::Options;
 use crate::api::{is, Api};
 use crate::outcome::{Failure, Outcome, FAILED};
 use crate::programs::{self, not_started, status_of, DEFAULT_USER};
+
+/// A longer call does not fit into the command line that qrexec carries.
+const SERVICE_BYTES_MAX: usize = 60_000;
 
 impl Api {
     /// Whether the qube's agents know qubes.VMExec.
@@ -48,13 +52,25 @@ impl Call {
     }
 }
 
-/// Makes the call. What is told to a shell is the first line of its input, in front of what comes from here.
-pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Outcome<Call> {
-    let (service, line) = match what {
-        What::Service(service) => (service.clone(), None),
-        What::Argv(words) if takes_argv => (format!("qubes.VMExec+{}", qrexec::vmexec::encode(words)), None),
-        what => ("qubes.VMShell".into(), Some(format!("{}; exit", what.shell_line()))),
+/// What is called, and what its input begins with. A shell gets its line as an argument where that can be: a shell that reads its line
+/// from its input may read more than that, and the command would miss it (busybox does, bash does not).
+fn service(what: &What, takes_argv: bool) -> (String, Option<String>) {
+    let argv = match what {
+        What::Service(service) => return (service.clone(), None),
+        What::Argv(words) => words.clone(),
+        What::Shell(_) => vec!["/bin/sh".into(), "-c".into(), what.shell_line()],
     };
+    let call = format!("qubes.VMExec+{}", qrexec::vmexec::encode(&argv));
+    match takes_argv && call.len() <= SERVICE_BYTES_MAX {
+        true => (call, None),
+        false => ("qubes.VMShell".into(), Some(format!("{}; exit", what.shell_line()))),
+    }
+}
+
+/// Makes the call. What is told to a shell is the first line of its input, in front of what comes from here. With `becomes` it is made in
+/// this process's place, if nothing is left to be done here: who ends this one then ends the call.
+pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool, becomes: bool) -> Outcome<Call> {
+    let (service, line) = service(what, takes_argv);
     let mut flags: Vec<OsString> = Vec::new();
     if options.filters_escapes() {
         flags.push("-t".into());
@@ -82,6 +98,10 @@ pub fn call(options: &Options, qube: &str, what: &What, takes_argv: bool) -> Out
         (None, true) => command.stdin(Stdio::inherit()),
         _ => command.stdin(Stdio::piped()),
     };
+    if becomes && passes_input && line.is_none() && !options.is_marked() {
+        let error = command.exec();
+        return Err(not_started(&command, &error));
+    }
     let mut child = command.spawn().map_err(|error| not_started(&command, &error))?;
     let line = line.filter(|_| options.localcmd.is_none()).map(|line| line + "\n").unwrap_or_default();
     let input = child.stdin.take();

@@ -74,18 +74,65 @@ fn ls_shows_what_is_asked_for() {
         .run("qvm-ls --fields name,default_dispvm,memory,flags,uuid work")
         .is(0, "NAME  DEFAULT-DISPVM  MEMORY  FLAGS     UUID\nwork  -               400     ar------  1-2\n");
     server.run("qvm-ls -O name,flags --raw-data --paused").is(0, "sys-net|ap-N----\n");
-    server.run("qvm-ls -o disk --raw-data work").is(0, "work|Running|1124|100|2048|4|1024|10240|10\n");
+    server.run("qvm-ls -o disk --raw-data work").is(0, "work|Running|1124|100|2048|4%|1024|10240|10%\n");
     server.run("qvm-ls -o network --raw-data work").is(0, "work|Running|sys-net|-|-|10.137.0.5\n");
     server.run("qvm-ls --running --raw-list").is(0, "dom0\nwork\n");
     server.run("qvm-ls --class AppVM --label red,green --raw-list").is(0, "sys-net\n");
     server.run("qvm-ls --raw-list --running --paused --tags mine").is(0, "work\n");
     server.run("qvm-ls --raw-list --running --paused --exclude-tags mine").is(0, "dom0\nsys-net\n");
     server.run("qvm-ls --raw-list *-*").is(0, "debian-dvm\nsys-net\n");
+    server.run("qvm-ls --fields name,priv-pool,root-used --raw-data work").is(0, "work|lvm|10%\n");
+    server.run("qvm-ls -n --raw-data work").is(0, "work|Running|sys-net|-|-|10.137.0.5\n");
+    server.run("qvm-ls -k --raw-data work").is(0, "work|Running|AppVM|debian-13|-|a\\b\n");
     let unknown = server.run("qvm-ls --nix");
     assert!(unknown.err.starts_with(
         "usage: qvm-ls [OPTIONS] [VMNAME]...\nqvm-ls: error: unexpected argument '--nix' found"
     ));
     server.run("qvm-ls nobody").fails(2, "qvm-ls: error: no such domain: 'nobody'");
+}
+
+#[test]
+fn ls_is_sorted_by_a_column_or_by_networks() {
+    let server = server(&[
+        ("admin.vm.CurrentState work", "mem=409600 power_state=Running"),
+        ("admin.vm.CurrentState dom0", "mem=4096000 power_state=Running"),
+        ("admin.vm.CurrentState sys-net", "mem=512000 power_state=Paused"),
+    ]);
+    server
+        .run("qvm-ls -O name,label --sort label --all")
+        .is(0, "NAME        LABEL\ndom0        black\nwork        blue\ndebian-dvm  red\nsys-net     red\n");
+    server
+        .run("qvm-ls -O name,memory --sort memory --reverse")
+        .is(0, "NAME     MEMORY\ndom0     4000\nsys-net  500\nwork     400\n");
+    // Not shown, so not sorted by.
+    server.run("qvm-ls -O name --sort memory").is(0, "NAME\ndom0\nsys-net\nwork\n");
+    server.run("qvm-ls -O name,state --tree --all").is(
+        0,
+        "NAME        STATE\ndebian-dvm  Halted\ndom0        Running\nsys-net     Paused\n└─work      Running\n",
+    );
+    // Whose netvm is not shown has lost nothing but its place.
+    server.run("qvm-ls -O name --tree work").is(0, "NAME\nwork\n");
+    let columns = server.run("qvm-ls --help-columns");
+    assert!(columns.status == 0 && columns.out.contains("\n  ROOT-USED  "), "{}", columns.out);
+    let formats = server.run("qvm-ls --help-formats");
+    assert!(formats.out.starts_with("Available formats:\n  disk     NAME,STATE,DISK,"), "{}", formats.out);
+}
+
+#[test]
+fn what_cannot_be_is_said_and_nothing_is_asked() {
+    let server = server(&[("admin.label.List dom0", "red\n")]);
+    let hint = "volumes' data does not go through this API. Hint: `dispvm-qube add-template NAME --root-image F …` gives a \
+                TemplateVM its root";
+    server.run("qvm-create -C StandaloneVM -l red -r F new").fails(1, &format!("qvm-create: error: {hint}"));
+    server.run("qvm-create -l red --root-move-from F new").fails(1, &format!("qvm-create: error: {hint}"));
+    server.run("qvm-volume import --no-resize work:private F").fails(1, &format!("Error: {hint}"));
+    for drive in ["--drive hd:dom0:/x", "--cdrom dom0:/x", "--hddisk x:sda", "--install-windows-tools"] {
+        server.run(&format!("qvm-start {drive} debian-dvm")).fails(
+            1,
+            "Error: a drive cannot be attached: a qube has the volumes of its record, and no others",
+        );
+    }
+    assert_eq!(server.asked(), [""; 0]);
 }
 
 #[test]
