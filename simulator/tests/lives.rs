@@ -389,6 +389,22 @@ fn while_a_qube_starts_others_are_heard_and_it_can_be_killed_and_the_daemon_too(
     served.all_is_quiet();
 }
 
+#[test]
+fn who_gives_others_network_shuts_down_only_by_force() {
+    let served = Served::new();
+    served.named("sys-usb");
+    served.ok("admin.vm.property.Set", OTHER, "provides_network", "True");
+    served.ok("admin.vm.property.Set", "sys-usb", "netvm", OTHER);
+    served.start(OTHER);
+    served.start("sys-usb");
+    assert!(served.refused("admin.vm.Shutdown", OTHER).starts_with("QubesVMInUseError"));
+    served.ok("admin.vm.Shutdown", OTHER, "force+wait", "");
+    assert_eq!(served.power(OTHER), "Halted");
+    assert!(matches!(served.send("admin.vm.Shutdown", "sys-usb", "now", ""), Err(ApiError::Empty)));
+    served.ok("admin.vm.Kill", "sys-usb", "", "");
+    served.all_is_quiet();
+}
+
 /// As `client::start` does where there is no daemon.
 #[test]
 fn a_runner_needs_no_daemon() {

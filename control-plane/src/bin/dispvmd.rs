@@ -1,4 +1,4 @@
-//! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds.
+//! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds, and serves the Admin API.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,7 +13,8 @@ use control_plane::error::{Error, Kind, Result};
 use control_plane::run::runner;
 use nix::sys::signal::{SigSet, Signal};
 
-/// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh.
+/// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh; starts qubes and serves Qubes'
+/// Admin API.
 ///
 /// Runs in the foreground until SIGTERM or SIGINT; running qubes and disposables go on without it. What it has to say it says on standard
 /// error.
