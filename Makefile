@@ -93,7 +93,7 @@ install: man
 	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd qvm qrexec-policy qrexec-client qrexec-policy-exec) $(DESTDIR)$(PREFIX)/bin
 	@for tool in $$(target/release/qvm 2>&1 | sed -n 's/^tools: //p' | tr -d ,); do ln -sf qvm $(DESTDIR)$(PREFIX)/bin/$$tool; done
 	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
-	@test -e $(DESTDIR)/etc/qubes/policy.d || { install -d $(DESTDIR)/etc/qubes/policy.d && cp -r policy/defaults/. $(DESTDIR)/etc/qubes/policy.d; }
+	@tools/install-qubes.sh "$(DESTDIR)" "$(PREFIX)"
 	@install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	@sed 's|/usr/local|$(PREFIX)|' control-plane/dispvmd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/dispvmd.service
 
