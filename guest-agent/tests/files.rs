@@ -40,7 +40,10 @@ fn without_a_caller_nothing_is_taken() {
         let _ = child.stdin.take().unwrap().write_all(&[0; 32]);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(1));
-        assert!(String::from_utf8_lossy(&output.stderr).contains("QubesIncoming") || String::from_utf8_lossy(&output.stderr).contains("QREXEC_REMOTE_DOMAIN"));
+        assert!(
+            String::from_utf8_lossy(&output.stderr).contains("QubesIncoming")
+                || String::from_utf8_lossy(&output.stderr).contains("QREXEC_REMOTE_DOMAIN")
+        );
     }
     let names: Vec<_> = fs::read_dir(home.path()).unwrap().collect();
     assert!(names.len() <= 1, "{names:?}");
