@@ -10,6 +10,8 @@ use qrexec::service::Target;
 
 use super::decide::Asked;
 use super::{programs, service, verdict};
+use crate::accounts::user_name;
+use crate::clones;
 use crate::daemon::channel::Channel;
 use crate::daemon::client;
 use crate::error::{Error, Kind, Result};
@@ -17,6 +19,9 @@ use crate::state::State;
 
 /// Where dom0's services are.
 const SERVICE_DIRS: [&str; 2] = ["/usr/local/etc/qubes-rpc", "/etc/qubes-rpc"];
+/// Clones that live at a time, beyond which no call makes another: each new disposable could call for the next, and whether there is memory
+/// is asked of each by itself.
+pub const CLONES_MAX: usize = 64;
 /// Who stands for the target's own user.
 const DEFAULT_USER: &str = "DEFAULT";
 
@@ -44,6 +49,7 @@ fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>
         }
         Destination::DispVmOf(dvm) => {
             service::user(user)?;
+            check_room(state)?;
             let mut launch = programs::command("dispvm-launch", state);
             launch.args(["--quiet", "--dvm", dvm, "--source", source, "--user", user]);
             launch.args(["--service", &asked.service.to_string()]);
@@ -58,6 +64,14 @@ fn have_running(state: &State, name: &str) -> Result<()> {
         return Ok(());
     }
     client::start(state, name).map(drop)
+}
+
+fn check_room(state: &State) -> Result<()> {
+    match clones::list(state)?.len() {
+        ..CLONES_MAX => Ok(()),
+        living => Err(Error::new(Kind::Refused, format!("{living} disposables and qubes run already"))
+            .hint("`qvm-ls` shows them, `qvm-kill NAME` ends one")),
+    }
 }
 
 /// The executable SERVICE+ARG or SERVICE of the first folder that has one.
@@ -102,11 +116,10 @@ fn is_executable(path: &Path) -> bool {
 
 /// Only root can be somebody else.
 fn as_user(user: &str, program: &Path) -> Result<Command> {
-    let is_root = nix::unistd::geteuid().is_root();
-    if user == DEFAULT_USER
-        || (user == "root" && is_root)
-        || std::env::var("USER").is_ok_and(|own| own == user)
-    {
+    let own = nix::unistd::geteuid();
+    let is_root = own.is_root();
+    // Not who USER says: after `su` that is still who we were, and it would run as root.
+    if user == DEFAULT_USER || user_name(own.as_raw()).is_some_and(|own| own == user) {
         return Ok(Command::new(program));
     }
     if !is_root {
