@@ -235,9 +235,10 @@ pub fn remove_ended(state: &State, name: &str) -> Result<()> {
     if !Qube::load(state, name).is_ok_and(|qube| is_over(&qube)) {
         return Ok(());
     }
-    match state::try_lock_patiently(&state.qube(name).join("start.lock"))? {
-        Some(_not_running) => take_away(state, name),
-        None => Ok(()),
+    match qube::hold_running(state, name) {
+        Ok(_not_running) => take_away(state, name),
+        Err(error) if matches!(error.kind, Kind::Refused | Kind::Usage) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
