@@ -228,16 +228,18 @@ impl Hub {
                 self.thawed = true;
                 timeline.mark("thawed");
             }
-            GuestFrame::Failed { failed, .. } if failed.op == Some(Op::Shutdown) => {
-                // Told once for each time that it was asked, lest a guest fill the log.
-                if std::mem::take(&mut self.shutting_down) {
-                    tracing::warn!("the guest does not shut down: {}", failed_text(failed));
-                }
-            }
+            GuestFrame::Failed { failed, .. } if failed.op == Some(Op::Shutdown) => self.stay_up(failed),
             GuestFrame::Failed { failed, .. } => return Err(SessionError::NotStarted(failed_text(failed))),
             _ => {}
         }
         Ok(())
+    }
+
+    /// The guest does not shut down. Told once for each time that it was asked, lest a guest fill the log.
+    fn stay_up(&mut self, failed: &Failed) {
+        if std::mem::take(&mut self.shutting_down) {
+            tracing::warn!("the guest does not shut down: {}", failed_text(failed));
+        }
     }
 
     /// Answers those whose command has ended, and ends what has had its time.
