@@ -16,7 +16,7 @@ use super::protocol::{Hello, RunnerSays};
 use crate::clones::{self, Power};
 use crate::error::{Error, Kind, Result};
 use crate::qube::check_name;
-use crate::state::State;
+use crate::state::{self, State};
 
 /// A boot has its own limit; beside it a runner copies a volume, or has a hot image made.
 const START_LIMIT: Duration = Duration::from_secs(BOOT_LIMIT.as_secs() + 120);
@@ -59,11 +59,17 @@ fn ask_for(state: &State, name: &str) -> io::Result<Channel> {
 /// Waits while somebody else is starting it.
 fn await_up(state: &State, name: &str) -> Result<()> {
     let deadline = Instant::now() + START_LIMIT;
+    let lock = state.qube(name).join("start.lock");
     loop {
+        // Asked first: one that begins afterwards has a record by the time that it is up.
+        let is_held = state::is_locked(&lock).unwrap_or(false);
         let clones = clones::list(state)?;
         match clones.iter().find(|clone| clone.qube.as_deref() == Some(name)).map(|clone| clone.power) {
             Some(Power::Running | Power::Paused) => return Ok(()),
-            Some(Power::Starting) if Instant::now() < deadline => std::thread::sleep(UP_POLL),
+            // Without a record, what it stands on is still being prepared.
+            starting if (is_held || starting.is_some()) && Instant::now() < deadline => {
+                std::thread::sleep(UP_POLL);
+            }
             _ => {
                 let why = format!("cannot start {name}: another attempt to start or change it is under way");
                 return Err(Error::new(Kind::Failed, why).hint("try again when that has ended"));
@@ -97,4 +103,32 @@ fn log(folder: &Path) -> Stdio {
         }
     });
     log.map_or_else(|_| Stdio::null(), Stdio::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clones::{Claim, Keeping, Lease};
+    use crate::qube;
+
+    #[test]
+    fn a_start_that_has_no_record_yet_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        qube::tests::dvm("work").save(&state).unwrap();
+        let running = qube::hold_running(&state, "work").unwrap();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| await_up(&state, "work"));
+            std::thread::sleep(4 * UP_POLL);
+            assert!(!waits.is_finished());
+            let template = ("debian-12".to_owned(), 1);
+            let (dvm, keeping, qube) = ("work", Keeping::Runner, Some("work"));
+            let claim = Claim { dvm, root_hash: "", template, keeping, label: None, qube };
+            let mut lease = Lease::claim(&state, claim).unwrap();
+            lease.tell(Power::Running).unwrap();
+            waits.join().unwrap().unwrap();
+        });
+        drop(running);
+        assert!(await_up(&state, "work").is_err(), "nobody starts it");
+    }
 }
