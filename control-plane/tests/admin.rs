@@ -721,3 +721,35 @@ fn dispvmd_takes_the_socket_that_it_is_handed_and_says_when_it_is_ready() {
         assert!(socket.exists());
     }
 }
+
+#[test]
+fn dom0_is_dom0_by_its_uuid_too() {
+    let qubes = Qubes::new();
+    let dom0 = "uuid:00000000-0000-0000-0000-000000000000";
+    for method in ["Kill", "Start", "Pause", "Remove", "Shutdown"] {
+        assert_eq!(qubes.refused(&format!("admin.vm.{method}"), dom0, "", ""), "hung up", "{method}");
+    }
+    assert!(qubes.ok("admin.label.List", dom0, "", "").contains("red"));
+}
+
+#[test]
+fn no_qube_is_made_whose_name_cannot_call_or_is_a_word() {
+    let qubes = Qubes::new();
+    for name in
+        ["a.b", "none", "default", "Domain-0", "work-dm", "1a", "-a", "a/b", "@dispvm", "uuid:x", "a\u{e9}"]
+    {
+        for (method, of) in [("AppVM", "debian-12"), ("DispVM", "debian-dvm")] {
+            let payload = format!("name={name} label=red");
+            let refused = qubes.refused(&format!("admin.vm.Create.{method}"), "dom0", of, &payload);
+            assert!(
+                refused.starts_with("QubesValueError: Illegal") || refused == "hung up",
+                "{name}: {refused}"
+            );
+        }
+    }
+    for name in ["disp1", "dom0", "work"] {
+        let payload = format!("name={name} label=red");
+        let refused = qubes.refused("admin.vm.Create.DispVM", "dom0", "debian-dvm", &payload);
+        assert!(refused.starts_with("QubesVMAlreadyExistsError"), "{name}: {refused}");
+    }
+}

@@ -144,7 +144,9 @@ fn check_call(world: &World<'_>, request: &Request) -> Answer<()> {
     world.vm(&request.source)?;
     let known = METHODS.iter().find(|(method, ..)| *method == request.method);
     let (_, dom0, argument, payload) = known.ok_or_else(|| silent("no such method"))?;
-    dom0.check(request.destination == ADMIN_VM, "dom0 as the destination")?;
+    // By whatever name: it has a UUID, too.
+    let is_dom0 = request.destination == ADMIN_VM || world.vm(&request.destination)?.name == ADMIN_VM;
+    dom0.check(is_dom0, "dom0 as the destination")?;
     argument.check(!request.argument.is_empty(), "an argument")?;
     payload.check(!request.payload.is_empty(), "a payload")
 }

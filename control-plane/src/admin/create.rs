@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use admin_api::lines::{bool_text, pairs};
 use admin_api::Kind;
+use qrexec::service::QubeName;
 
 use super::answer::{enforce, exception, silent, Answer, Refusal};
 use super::settings::{self, Owner, Settings};
@@ -17,7 +18,7 @@ use crate::clones;
 use crate::daemon::client;
 use crate::error::Error;
 use crate::names;
-use crate::qube::{check_name, Disposable, Dvm, LABELS};
+use crate::qube::{Disposable, Dvm, LABELS};
 use crate::templates;
 
 /// Volumes of a new AppVM in MiB, as `dispvm-qube add-dvm` makes them.
@@ -161,10 +162,20 @@ fn name_and_label(payload: &[u8]) -> Answer<(String, String)> {
         }
     };
     let (name, label) = (one("name")?, one("label")?);
-    check_name(&name).map_err(|_| exception(Kind::Value, format!("Illegal qube name: {name:?}")))?;
+    enforce_name(&name)?;
     match LABELS.contains(&label.as_str()) {
         true => Ok((name, label)),
         false => Err(exception(Kind::LabelNotFound, format!("Invalid label: {label:?}"))),
+    }
+}
+
+/// What Qubes takes for a new qube's name (QubesOS/qubes-core-admin, `qubes/vm/__init__.py`, `validate_name`): one that can call and be
+/// called, and that is not a word or another's.
+fn enforce_name(name: &str) -> Answer<()> {
+    let is_reserved = matches!(name, "Domain-0" | "none" | "default") || name.ends_with("-dm");
+    match QubeName::parse(name.as_bytes()).is_ok() && !is_reserved {
+        true => Ok(()),
+        false => Err(exception(Kind::Value, format!("Illegal qube name: {name:?}"))),
     }
 }
 
