@@ -88,6 +88,8 @@ install: man
 	@for tool in $$(target/release/qvm 2>&1 | sed -n 's/^tools: //p' | tr -d ,); do ln -sf qvm $(DESTDIR)$(PREFIX)/bin/$$tool; done
 	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
 	@test -e $(DESTDIR)/etc/qubes/policy.d || { install -d $(DESTDIR)/etc/qubes/policy.d && cp -r policy/defaults/. $(DESTDIR)/etc/qubes/policy.d; }
+	@install -d $(DESTDIR)/etc/qubes-rpc/policy $(DESTDIR)/usr/lib/qubes
+	@test -e $(DESTDIR)/usr/lib/qubes/qrexec-client || ln -sf $(PREFIX)/bin/qrexec-client $(DESTDIR)/usr/lib/qubes/qrexec-client
 	@install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	@sed 's|/usr/local|$(PREFIX)|' control-plane/dispvmd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/dispvmd.service
 
