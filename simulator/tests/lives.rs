@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use admin_api::client::{call_within, events};
 use admin_api::{ApiError, Event, Request};
+use control_plane::admin::settings::{Owner, Settings};
 use control_plane::calls;
 use control_plane::clones::{self, CloneRecord};
 use control_plane::daemon::channel::Channel;
@@ -402,6 +403,49 @@ fn who_gives_others_network_shuts_down_only_by_force() {
     assert_eq!(served.power(OTHER), "Halted");
     assert!(matches!(served.send("admin.vm.Shutdown", "sys-usb", "now", ""), Err(ApiError::Empty)));
     served.ok("admin.vm.Kill", "sys-usb", "", "");
+    served.all_is_quiet();
+}
+
+/// Beside the sweep of every step (`tests/sweep.rs`, `new-disposable`): the daemon itself, killed while it makes one after the other.
+#[test]
+fn a_daemon_killed_while_it_makes_disposables_leaves_whole_ones_and_no_halves() {
+    let mut served = Served::new();
+    let mut made = 0;
+    for round in 0..12 {
+        let socket = served.socket();
+        let maker = std::thread::spawn(move || {
+            let number = |at: usize| format!("name=made-{round}-{at} label=red");
+            let make = |at: &usize| {
+                let request =
+                    Request::new("admin.vm.Create.DispVM", "dom0").argument(DVM).payload(number(*at));
+                call_within(&socket, &request, LIMIT).is_ok()
+            };
+            (0..).take_while(make).count()
+        });
+        std::thread::sleep(Duration::from_micros(3_000 + 700 * round));
+        served.end_daemon(Signal::SIGKILL);
+        made += maker.join().unwrap();
+        let (mut named, prefix) = (0, "made-");
+        for name in Qube::names(served.state()).unwrap().iter().filter(|name| name.starts_with(prefix)) {
+            if !served.state().qube(name).join("qube.toml").exists() {
+                continue;
+            }
+            named += 1;
+            let owner = Owner::Qube(name.clone());
+            let settings = Settings::load(served.state(), &owner).unwrap();
+            assert!(settings.uuid.is_some() && settings.tags.contains("created-by-dom0"), "{name}");
+        }
+        // The last one may have been made without its maker hearing of it.
+        assert!((made..=made + round as usize + 1).contains(&named), "{named} of {made}");
+        let _ = std::fs::remove_file(served.socket());
+        served.start_daemon();
+        let list = served.ok("admin.vm.List", "dom0", "", "");
+        assert_eq!(list.lines().filter(|line| line.starts_with(prefix)).count(), named);
+    }
+    assert!(made > 0, "it was always killed too soon");
+    control_plane::savefiles::collect(served.state()).unwrap();
+    let halves = |name: &String| !served.state().qube(name).join("qube.toml").exists();
+    assert!(!Qube::names(served.state()).unwrap().iter().any(halves));
     served.all_is_quiet();
 }
 
