@@ -1,5 +1,5 @@
 # Everything a user or CI calls. `make demo` and `make test` set up what they need themselves.
-.PHONY: demo test fuzz soak simulate rows bench bench-short lint setup build guests dom0 xen-test xen-soak man install help
+.PHONY: demo test fuzz soak simulate rows bench bench-short qrexec-bench lint setup build guests dom0 xen-test xen-soak man install help
 
 # Debian's rustc-web lands in /usr/bin; a newer toolchain in PATH comes first.
 CARGO ?= cargo
@@ -16,6 +16,7 @@ help:
 	@echo 'make simulate   every step of every operation failed and killed, then SEEDS=3000 random ones from FROM=1'
 	@echo 'make rows   the rows of Qubes behaviour with the tests that prove them, run now, into docs/rows.md'
 	@echo 'make bench  benches; make bench-short for their short mode'
+	@echo 'make qrexec-bench  those of calls between qubes alone'
 	@echo 'make dom0   the static binaries for a dom0, into target/dom0'
 	@echo 'make man    manual pages and shell completions, into target/share'
 	@echo 'make install  binaries, manual pages and completions, below PREFIX ($(PREFIX))'
@@ -70,6 +71,7 @@ bench: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --full
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --full
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --full
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin qrexec-bench -- --full
 	@$(CARGO) run --release -q -p benches --bin xen-bench -- --full
 	@tools/encode-bench.sh
 
@@ -77,7 +79,11 @@ bench-short: guests
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin launch-bench -- --short
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin spare-bench -- --short
 	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin cold-cache-bench -- --short
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin qrexec-bench -- --short
 	@$(CARGO) run --release -q -p benches --bin xen-bench -- --short
+
+qrexec-bench: guests
+	@tools/without-swap.sh $(CARGO) run --release -q -p benches --bin qrexec-bench -- --full
 
 man: build
 	@tools/man.sh target/release target/share
@@ -87,7 +93,7 @@ install: man
 	@install -m 755 $(addprefix target/release/,dispvm-launch dispvm-savefile dispvm-qube dispvmd qvm qrexec-policy qrexec-client qrexec-policy-exec) $(DESTDIR)$(PREFIX)/bin
 	@for tool in $$(target/release/qvm 2>&1 | sed -n 's/^tools: //p' | tr -d ,); do ln -sf qvm $(DESTDIR)$(PREFIX)/bin/$$tool; done
 	@cp -r target/share/. $(DESTDIR)$(PREFIX)/share
-	@test -e $(DESTDIR)/etc/qubes/policy.d || { install -d $(DESTDIR)/etc/qubes/policy.d && cp -r policy/defaults/. $(DESTDIR)/etc/qubes/policy.d; }
+	@tools/install-qubes.sh "$(DESTDIR)" "$(PREFIX)"
 	@install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	@sed 's|/usr/local|$(PREFIX)|' control-plane/dispvmd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/dispvmd.service
 	@install -m 644 control-plane/dispvmd.socket $(DESTDIR)$(PREFIX)/lib/systemd/system

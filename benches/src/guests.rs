@@ -41,23 +41,21 @@ pub struct Bench {
 impl Bench {
     /// In target/bench, with QEMU 10 (the fastest launch; the tests run on 7.2 as well).
     pub fn open() -> Bench {
+        Bench::in_folder("bench")
+    }
+
+    /// In another folder of target.
+    pub fn in_folder(name: &str) -> Bench {
         let exe = std::env::current_exe().expect("a program knows its own path");
         let target = exe.ancestors().nth(2).expect("it lies in target/release").to_owned();
-        let root = target.join("bench");
+        let root = target.join(name);
         fs::create_dir_all(&root).expect("target can be written");
         Bench { qemu: target.join("qemu/10/qemu-system-x86_64"), root, target }
     }
 
     /// Makes sure that the subject has a fresh savefile.
     pub fn prepare(&self, subject: &Subject) {
-        let guests = self.target.join("guests");
-        let cmdline = fs::read_to_string(guests.join(format!("{}-root.cmdline", subject.guest)))
-            .expect("`make guests`");
-        let mut add = self.command("dispvm-qube");
-        add.args(["add-template", subject.template, "--cmdline", cmdline.trim()]);
-        add.arg("--root-image").arg(guests.join(format!("{}-root.img", subject.guest)));
-        add.arg("--kernel").arg(guests.join("kernel/vmlinuz")).arg("--initrd").arg(guests.join("initrd"));
-        must(&mut add);
+        self.add_template(subject);
         let mut add = self.command("dispvm-qube");
         add.args(["add-dvm", subject.dvm, "--template", subject.template]);
         add.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
@@ -69,6 +67,18 @@ impl Bench {
         }
         // Admits the image and brings it into the page cache.
         must(self.command("dispvm-launch").args(["--dvm", subject.dvm, "--", "true"]));
+    }
+
+    /// Makes the subject's TemplateVM.
+    pub fn add_template(&self, subject: &Subject) {
+        let guests = self.target.join("guests");
+        let cmdline = fs::read_to_string(guests.join(format!("{}-root.cmdline", subject.guest)))
+            .expect("`make guests`");
+        let mut add = self.command("dispvm-qube");
+        add.args(["add-template", subject.template, "--cmdline", cmdline.trim()]);
+        add.arg("--root-image").arg(guests.join(format!("{}-root.img", subject.guest)));
+        add.arg("--kernel").arg(guests.join("kernel/vmlinuz")).arg("--initrd").arg(guests.join("initrd"));
+        must(&mut add);
     }
 
     /// One of the binaries on this state.
@@ -109,11 +119,29 @@ impl Bench {
         peer
     }
 
+    /// The hand-driven peer that runs the command whenever it gets a line, and says how long that took.
+    pub fn repeated_by_hand(&self, subject: &Subject, command: &[&str]) -> Command {
+        let mut peer = self.with_option(subject, false, "--repeat", command);
+        peer.stdin(Stdio::piped());
+        peer
+    }
+
+    /// The hand-driven peer that moves so many bytes through a bare port of a booted guest.
+    pub fn bare_port_by_hand(&self, subject: &Subject, bytes: u64) -> Command {
+        self.with_option(subject, true, &format!("--bare-port={bytes}"), &[])
+    }
+
+    fn with_option(&self, subject: &Subject, cold: bool, option: &str, command: &[&str]) -> Command {
+        let without = self.by_hand(subject, cold, command);
+        let mut peer = Command::new(without.get_program());
+        peer.arg(option).args(without.get_args()).stdin(Stdio::null()).stderr(Stdio::null());
+        peer
+    }
+
     /// The hand-driven peer as a spare: says a line when it is ready, and goes on when it gets one.
     pub fn spare_by_hand(&self, subject: &Subject, command: &[&str]) -> Command {
-        let with_option = self.by_hand(subject, false, command);
-        let mut peer = Command::new(with_option.get_program());
-        peer.arg("--spare").args(with_option.get_args()).stdin(Stdio::piped()).stderr(Stdio::null());
+        let mut peer = self.with_option(subject, false, "--spare", command);
+        peer.stdin(Stdio::piped());
         peer
     }
 
@@ -130,7 +158,8 @@ impl Bench {
         find_hot(&self.state().hot(), &pin.root_hash)
     }
 
-    fn state(&self) -> State {
+    /// Its state folder.
+    pub fn state(&self) -> State {
         State::open(&self.root).expect("the state folder")
     }
 

@@ -1,11 +1,9 @@
 //! What the binaries share: where the state is, what the environment says, how an error ends a program.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::CommandFactory;
-use clap_complete::Shell;
+pub use command_docs::generate_if_asked;
 
 use crate::error::{Error, Kind, Result};
 use crate::machine::ThisMachine;
@@ -45,63 +43,6 @@ impl Common {
                 Error::new(Kind::Usage, "neither HOME nor XDG_DATA_HOME is set").hint("give --root DIR")
             })
     }
-}
-
-/// `--generate man|bash|zsh|fish`, as the only arguments, has any of our commands write its own manual page or completion, which is
-/// what `make man` does; the program ends there. Otherwise nothing happens.
-pub fn generate_if_asked<P: CommandFactory>() {
-    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let [option, kind] = &arguments[..] else { return };
-    let (Some("--generate"), Some(kind)) = (option.to_str(), kind.to_str()) else { return };
-    let mut command = P::command();
-    let name = command.get_name().to_owned();
-    let mut out = Vec::new();
-    let made = match kind {
-        "man" => manual(command, &mut out),
-        shell => match shell.parse::<Shell>() {
-            Ok(shell) => {
-                clap_complete::generate(shell, &mut command, name, &mut out);
-                Ok(())
-            }
-            Err(_) => {
-                Err(std::io::Error::other(format!("--generate knows man, bash, zsh and fish, not {shell:?}")))
-            }
-        },
-    };
-    match made.and_then(|()| std::io::stdout().write_all(&out)) {
-        Ok(()) => std::process::exit(0),
-        Err(error) => {
-            eprintln!("{}: {error}", P::command().get_name());
-            std::process::exit(2);
-        }
-    }
-}
-
-/// One page for a command and its subcommands.
-fn manual(mut command: clap::Command, out: &mut Vec<u8>) -> std::io::Result<()> {
-    command.build();
-    let subcommands: Vec<clap::Command> =
-        command.get_subcommands().filter(|command| !command.is_hide_set()).cloned().collect();
-    // All of a page but its list of the subcommands' own pages: they are sections of this one.
-    let page = clap_mangen::Man::new(command);
-    page.render_title(out)?;
-    page.render_name_section(out)?;
-    page.render_synopsis_section(out)?;
-    page.render_description_section(out)?;
-    page.render_options_section(out)?;
-    for subcommand in subcommands.into_iter().filter(|command| command.get_name() != "help") {
-        let name = subcommand.get_bin_name().unwrap_or_else(|| subcommand.get_name()).to_owned();
-        let page = clap_mangen::Man::new(subcommand.display_name(&name));
-        writeln!(out, ".SH \"{}\"", name.to_uppercase())?;
-        let mut section = Vec::new();
-        page.render_name_section(&mut section)?;
-        page.render_synopsis_section(&mut section)?;
-        page.render_description_section(&mut section)?;
-        page.render_options_section(&mut section)?;
-        // Its sections become parts of ours.
-        out.extend(String::from_utf8_lossy(&section).replace(".SH ", ".SS ").into_bytes());
-    }
-    Ok(())
 }
 
 /// The machine, as the environment describes it.

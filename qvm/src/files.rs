@@ -14,6 +14,8 @@ use crate::programs::{service, DEFAULT_USER};
 
 /// Sends files and folders to a qube, into its folder QubesIncoming/dom0.
 ///
+/// As qvm-move-to-vm it removes them here, once the qube has all of them.
+///
 /// Exit status: 0 when the qube has all of it, 1 when something failed, 125 when the qube could not be called, 126 when it refused.
 #[derive(Parser)]
 #[command(version)]

@@ -29,10 +29,10 @@ pub struct Daemon {
     /// Who runs it, DEFAULT for the disposable's own user
     user: String,
     /// The disposable's label [default: the DVM template's]
-    #[arg(default_value = "")]
+    #[arg(default_value = "", hide_default_value = true)]
     label: String,
     /// Only for those who call it with an empty one: disposables cannot have rules of their own yet
-    #[arg(default_value = "")]
+    #[arg(default_value = "", hide_default_value = true)]
     firewall: String,
 }
 

@@ -42,6 +42,9 @@ impl From<ApiError> for Failure {
 /// Runs a tool: parses its arguments, tells how it ended, and gives its exit status.
 pub fn tool<P: Parser>(name: &'static str, args: Vec<OsString>, run: impl FnOnce(P) -> Outcome) -> u8 {
     let command = || P::command().name(name).bin_name(name);
+    if let Some(kind) = command_docs::asked(args.get(1..).unwrap_or_default()) {
+        return document(command(), kind);
+    }
     let parsed =
         command().try_get_matches_from(args).and_then(|mut matches| P::from_arg_matches_mut(&mut matches));
     let outcome = match parsed {
@@ -66,6 +69,18 @@ pub fn tool<P: Parser>(name: &'static str, args: Vec<OsString>, run: impl FnOnce
         Err(Failure::Error(message)) => {
             eprintln!("Error: {message}");
             FAILED
+        }
+    }
+}
+
+/// Writes a manual page or completions.
+fn document(command: clap::Command, kind: &str) -> u8 {
+    let name = command.get_name().to_owned();
+    match command_docs::generate(command, kind).and_then(|text| io::stdout().write_all(&text)) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("{name}: error: {error}");
+            USAGE
         }
     }
 }

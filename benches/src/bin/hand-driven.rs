@@ -9,12 +9,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
 use nix::sys::memfd::{memfd_create, MemFdCreateFlag};
-use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network, Op};
+use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network, Op, User};
+
+/// The name of the port that nothing but bytes go through.
+const BARE_PORT: &str = "bench.bare";
 
 /// A launch without a launcher.
 #[derive(Parser)]
@@ -47,6 +50,12 @@ struct Options {
     /// Exercise and pause the restored guest, say so in a line, and go on when a line comes
     #[arg(long, requires = "image")]
     spare: bool,
+    /// Run the command for each line that comes, in the same guest, and say how many ms its first byte took
+    #[arg(long, conflicts_with = "spare")]
+    repeat: bool,
+    /// Move so many bytes out of a booted guest and into it, by a port of its own, and say how many ms each took
+    #[arg(long, value_name = "BYTES", conflicts_with_all = ["image", "spare", "repeat"])]
+    bare_port: Option<u64>,
     /// The command
     #[arg(last = true)]
     command: Vec<String>,
@@ -111,6 +120,12 @@ fn main() {
     command.args(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
     command.args(["-device", "virtio-balloon-pci,id=balloon", "-netdev", "hubport,id=net,hubid=0"]);
     command.args(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile=,guest_announce=off"]);
+    let bare = options.bare_port.map(|bytes| {
+        let (ours, theirs) = inherited_pair();
+        command.args(["-chardev", &format!("socket,id=bare,fd={}", theirs.as_raw_fd())]);
+        command.args(["-device", &format!("virtserialport,chardev=bare,name={BARE_PORT}")]);
+        (bytes, ours, theirs)
+    });
     let mut qemu = command.stdin(Stdio::null()).spawn().expect("QEMU starts");
     drop((qmp_theirs, agent_theirs));
 
@@ -137,9 +152,20 @@ fn main() {
         std::io::stdin().read_line(&mut String::new()).expect("a word");
         qmp.write_all(b"{\"execute\":\"cont\"}").expect("QMP");
     }
-    let exec = Exec::user(options.command.iter().map(String::as_str));
+    let exec = || Exec::user(options.command.iter().map(String::as_str));
+    match bare {
+        Some((bytes, port, _theirs)) => move_bytes(&mut agent, &mut decoder, port, bytes),
+        None if options.repeat => repeat(&mut agent, &mut decoder, exec),
+        None => once(&mut agent, &mut decoder, exec()),
+    }
+    qemu.kill().expect("QEMU is there");
+    qemu.wait().expect("QEMU ends");
+}
+
+/// Runs the command with its output as ours.
+fn once(agent: &mut UnixStream, decoder: &mut Decoder, exec: Exec) {
     agent.write_all(&launch_words(exec)).expect("the agent listens");
-    await_frame(&mut agent, &mut decoder, |frame| match frame {
+    await_frame(agent, decoder, |frame| match frame {
         GuestFrame::Stdout { bytes, .. } => {
             let mut stdout = std::io::stdout();
             stdout.write_all(bytes).and_then(|()| stdout.flush()).expect("stdout");
@@ -148,8 +174,68 @@ fn main() {
         GuestFrame::Exited { .. } => true,
         _ => false,
     });
-    qemu.kill().expect("QEMU is there");
-    qemu.wait().expect("QEMU ends");
+}
+
+/// Runs the command again and again: a bare round trip to the agent and one exec. The first one is the launch, and not told.
+fn repeat(agent: &mut UnixStream, decoder: &mut Decoder, exec: impl Fn() -> Exec) {
+    let mut first = Some(launch_words(exec()));
+    for stream in 1.. {
+        let words = first.take().unwrap_or_else(|| exec_words(stream, exec()));
+        let start = Instant::now();
+        agent.write_all(&words).expect("the agent listens");
+        let mut taken = None;
+        await_frame(agent, decoder, |frame| {
+            if matches!(frame, GuestFrame::Stdout { .. }) {
+                taken.get_or_insert(start.elapsed());
+            }
+            matches!(frame, GuestFrame::Exited { .. })
+        });
+        match stream {
+            1 => println!("ready"),
+            _ => println!("{}", taken.expect("a byte").as_secs_f64() * 1e3),
+        }
+        if std::io::stdin().read_line(&mut String::new()).is_ok_and(|len| len == 0) {
+            return;
+        }
+    }
+}
+
+/// Out of the guest and into it through the bare port, by what a shell there has for it.
+fn move_bytes(agent: &mut UnixStream, decoder: &mut Decoder, mut port: UnixStream, bytes: u64) {
+    let find = format!("for port in /sys/class/virtio-ports/*; do [ \"$(cat $port/name)\" = {BARE_PORT} ] && port=/dev/${{port##*/}} && break; done");
+    let root =
+        |line: String| Exec { user: User::Root, ..Exec::user(["sh", "-c", &format!("{find}; {line}")]) };
+    agent
+        .write_all(&launch_words(root(format!("head -c {bytes} /dev/zero | cat > $port"))))
+        .expect("the agent listens");
+    let mut piece = vec![0; 64 << 10];
+    port.read_exact(&mut piece[..1]).expect("a byte");
+    let start = Instant::now();
+    let mut left = bytes - 1;
+    while left > 0 {
+        left -= port.read(&mut piece).expect("bytes") as u64;
+    }
+    println!("{}", start.elapsed().as_secs_f64() * 1e3);
+    await_frame(agent, decoder, |frame| matches!(frame, GuestFrame::Exited { .. }));
+
+    let exec = root(format!("exec < $port; echo x; head -c {bytes} | cat > /dev/null; echo y"));
+    agent.write_all(&exec_words(2, exec)).expect("the agent listens");
+    await_frame(agent, decoder, |frame| matches!(frame, GuestFrame::Stdout { .. }));
+    let start = Instant::now();
+    let mut left = bytes;
+    while left > 0 {
+        let len = left.min(piece.len() as u64);
+        port.write_all(&piece[..len as usize]).expect("the guest reads");
+        left -= len;
+    }
+    await_frame(agent, decoder, |frame| matches!(frame, GuestFrame::Stdout { .. }));
+    println!("{}", start.elapsed().as_secs_f64() * 1e3);
+}
+
+fn exec_words(stream: u32, exec: Exec) -> Vec<u8> {
+    let mut out = Vec::new();
+    HostFrame::Exec { stream, exec: Box::new(exec) }.encode(&mut out).expect("a command");
+    out
 }
 
 /// Identity, command and thaw, as one write.

@@ -8,6 +8,7 @@ use std::process::{Child, ChildStdout, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use benches::clock::{available_mib, children_of, cpu_seconds, first_byte, ms, own_mib, pss_mib};
+use benches::daemon::Daemon;
 use benches::guests::{Bench, Subject, DEBIAN, TEST};
 use benches::run::Options;
 use benches::stats::{median, percentile};
@@ -18,8 +19,6 @@ use clap::Parser;
 const COMMAND: [&str; 2] = ["echo", "x"];
 /// How many clones run at once for the memory of one.
 const MANY: usize = 40;
-/// A spare under emulation is made within some seconds.
-const SPARE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Measures launches that get a spare: 200 of each guest and 40 clones at once, or ten.
 #[derive(Parser)]
@@ -39,7 +38,7 @@ fn measure(bench: &Bench, launches: usize, many: bool) -> Vec<Row> {
     let mut rows = Vec::new();
     for (name, subject, mark) in [("test guest", &TEST, 15.0), ("Debian guest", &DEBIAN, 40.0)] {
         bench.prepare(subject);
-        let daemon = Daemon::start(bench, subject);
+        let daemon = Daemon::start(bench, subject, None);
         let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
         for _ in 0..launches {
             // Both are made before either is measured; the daemon's next one is not begun before both are over.
@@ -59,7 +58,7 @@ fn measure(bench: &Bench, launches: usize, many: bool) -> Vec<Row> {
             "debian" => Row::ratio(format!("{name}: ours : by hand"), ratio, 1.15),
             _ => Row::report(format!("{name}: ours : by hand"), ratio, "x"),
         });
-        rows.extend(daemon.cost_of_waiting(name));
+        rows.extend(cost_of_waiting(&daemon, name));
     }
     if many {
         rows.push(Row::limit(
@@ -72,73 +71,24 @@ fn measure(bench: &Bench, launches: usize, many: bool) -> Vec<Row> {
     rows
 }
 
-/// `dispvmd`, keeping one spare of one guest.
-struct Daemon<'a> {
-    bench: &'a Bench,
-    subject: &'a Subject,
-    child: Child,
-}
-
-impl<'a> Daemon<'a> {
-    fn start(bench: &'a Bench, subject: &'a Subject) -> Daemon<'a> {
-        want_spares(bench, subject, "1");
-        let child = bench.command("dispvmd").args(["--spares", "0"]).spawn().expect("it starts");
-        Daemon { bench, subject, child }
-    }
-
-    /// Waits until the spare is there, and its maker has come to rest.
-    fn await_spare(&self) {
-        let start = Instant::now();
-        while !self.has_spare() {
-            assert!(start.elapsed() < SPARE_LIMIT, "no spare of {}", self.subject.dvm);
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-
-    fn has_spare(&self) -> bool {
-        let output = self.bench.command("dispvmd").args(["status", "--json"]).output().expect("it runs");
-        let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        let dvms = status["dvms"].as_array().cloned().unwrap_or_default();
-        dvms.iter().any(|dvm| dvm["dvm"] == self.subject.dvm && dvm["spares_ready"] == 1)
-    }
-
-    /// A spare's memory against a booted guest's, and its processor time.
-    fn cost_of_waiting(&self, name: &str) -> Vec<Row> {
-        self.await_spare();
-        let keeper = self.bench.keeper(self.subject);
-        let processes: Vec<u32> = children_of(keeper).into_iter().chain([keeper]).collect();
-        let spare: f64 = processes.iter().map(|pid| own_mib(*pid)).sum();
-        let mapped: f64 = processes.iter().map(|pid| pss_mib(*pid)).sum();
-        let before: f64 = processes.iter().map(|pid| cpu_seconds(*pid)).sum();
-        std::thread::sleep(Duration::from_secs(10));
-        let used = processes.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>() - before;
-        let booted = booted_mib(self.bench, self.subject);
-        vec![
-            Row::report(format!("{name}: memory of a waiting spare"), spare, "MiB"),
-            Row::report(format!("{name}: the same with page cache it maps"), mapped, "MiB"),
-            Row::report(format!("{name}: memory of a booted guest"), booted, "MiB"),
-            Row::ratio(format!("{name}: waiting spare : booted guest"), spare / booted, 0.2),
-            Row::limit(format!("{name}: processor time of a waiting spare"), used * 10.0, "%", 0.5),
-        ]
-    }
-}
-
-fn want_spares(bench: &Bench, subject: &Subject, count: &str) {
-    let mut add = bench.command("dispvm-qube");
-    add.args(["add-dvm", subject.dvm, "--template", subject.template, "--spares", count]);
-    add.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
-    assert!(add.status().is_ok_and(|status| status.success()), "{add:?}");
-}
-
-impl Drop for Daemon<'_> {
-    fn drop(&mut self) {
-        // The next one is to keep spares of another guest.
-        want_spares(self.bench, self.subject, "0");
-        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let _ = self.child.wait();
-    }
+/// A spare's memory against a booted guest's, and its processor time.
+fn cost_of_waiting(daemon: &Daemon, name: &str) -> Vec<Row> {
+    daemon.await_spare();
+    let keeper = daemon.bench.keeper(daemon.subject);
+    let processes: Vec<u32> = children_of(keeper).into_iter().chain([keeper]).collect();
+    let spare: f64 = processes.iter().map(|pid| own_mib(*pid)).sum();
+    let mapped: f64 = processes.iter().map(|pid| pss_mib(*pid)).sum();
+    let before: f64 = processes.iter().map(|pid| cpu_seconds(*pid)).sum();
+    std::thread::sleep(Duration::from_secs(10));
+    let used = processes.iter().map(|pid| cpu_seconds(*pid)).sum::<f64>() - before;
+    let booted = booted_mib(daemon.bench, daemon.subject);
+    vec![
+        Row::report(format!("{name}: memory of a waiting spare"), spare, "MiB"),
+        Row::report(format!("{name}: the same with page cache it maps"), mapped, "MiB"),
+        Row::report(format!("{name}: memory of a booted guest"), booted, "MiB"),
+        Row::ratio(format!("{name}: waiting spare : booted guest"), spare / booted, 0.2),
+        Row::limit(format!("{name}: processor time of a waiting spare"), used * 10.0, "%", 0.5),
+    ]
 }
 
 /// A spare driven by hand, ready to go on.

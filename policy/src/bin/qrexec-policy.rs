@@ -61,6 +61,7 @@ struct Explain {
 struct Failure(u8, String);
 
 fn main() -> ExitCode {
+    command_docs::generate_if_asked::<Options>();
     let Command::Explain(options) = Options::parse().command;
     let explained = explain(&options).and_then(|(status, text)| {
         // A reader that went away has read enough.

@@ -82,7 +82,9 @@ fn the_launcher_beside_it_comes_first() {
 
 #[test]
 fn what_a_terminal_obeys_is_filtered_and_marked() {
-    let rig = Rig::new(&[LIST, ("admin.vm.Start web", "")]);
+    let no_vmexec =
+        ("admin.vm.feature.CheckWithTemplate+vmexec web", "!QubesFeatureNotFoundError Feature not set");
+    let rig = Rig::new(&[LIST, ("admin.vm.Start web", ""), no_vmexec]);
     rig.run(&["--dispvm", "-p", "--filter-escape-chars", "--", "cat"], "\x1b[2Jx\n")
         .is(7, "\x1b[0;31m[--][sh][-c][cat]\n_[2Jx\n\x1b[0m");
     rig.run(&["--dispvm", "-p", "--filter-escape-chars", "--no-color-output", "--", "cat"], "\x1b\n")
@@ -134,13 +136,13 @@ fn a_qube_is_started_and_called_as_the_stock_client_does() {
     ]);
     rig.run(&["-p", "--no-gui", "work", "ls /"], "in")
         .is(7, "[-d][work][DEFAULT:QUBESRPC qubes.VMShell dom0]\nls /; exit\nin");
-    assert_eq!(rig.server.asked(), ["admin.vm.Start work"]);
+    assert_eq!(rig.server.asked(), ["admin.vm.Start work", "admin.vm.feature.CheckWithTemplate+vmexec work"]);
     rig.called();
     rig.run(&["web", "xterm"], "").fails(7, "Running 'xterm' on web");
     assert_eq!(
         rig.called(),
         "[-d][web][DEFAULT:QUBESRPC qubes.WaitForSession dom0]\nuser\
-         [-d][web][DEFAULT:QUBESRPC qubes.VMShell dom0]\nxterm; exit\n"
+         [-d][web][DEFAULT:QUBESRPC qubes.VMExec+-2Fbin-2Fsh+--c+xterm dom0]\n"
     );
     rig.run(&["-q", "--no-gui", "--service", "-u", "root", "web", "my.Service+x"], "").is(7, "");
     assert_eq!(rig.called(), "[-d][web][-e][root:QUBESRPC my.Service+x dom0]\n");
@@ -150,7 +152,12 @@ fn a_qube_is_started_and_called_as_the_stock_client_does() {
         .is(7, "[-d][work][DEFAULT:QUBESRPC qubes.VMShell dom0]\nls 'a b'; exit\n");
     rig.called();
     rig.run(&["-p", "--no-gui", "--localcmd", "tar c x", "web", "tar x"], "")
-        .is(7, "[-d][web][-l][printf '%s\\n' 'tar x; exit'; tar c x][DEFAULT:QUBESRPC qubes.VMShell dom0]\n");
+        .is(7, "[-d][web][-l][tar c x][DEFAULT:QUBESRPC qubes.VMExec+-2Fbin-2Fsh+--c+tar-20x dom0]\n");
+    rig.called();
+    rig.run(&["-p", "--no-gui", "--localcmd", "tar c x", "work", "tar x"], "").is(
+        7,
+        "[-d][work][-l][printf '%s\\n' 'tar x; exit'; tar c x][DEFAULT:QUBESRPC qubes.VMShell dom0]\n",
+    );
 }
 
 #[test]
