@@ -208,6 +208,7 @@ fn hold(state: &State, name: &str, held: Held, rebuild: bool) -> Result<()> {
         }
         (None, _) => None,
     };
+    templates::remove_ending(state, name, &lock)?;
     drop((lease, lock));
     if next.is_some() {
         savefiles::collect(state)?;
