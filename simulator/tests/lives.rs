@@ -407,6 +407,23 @@ fn who_gives_others_network_shuts_down_only_by_force() {
     served.all_is_quiet();
 }
 
+#[test]
+fn a_daemon_that_is_stopped_is_not_waited_for() {
+    let served = Served::new();
+    served.named("sys-usb");
+    let daemon = Pid::from_raw(served.daemon.as_ref().unwrap().id() as i32);
+    kill(daemon, Signal::SIGSTOP).unwrap();
+    let begun = Instant::now();
+    // Beside this test there is no dispvmd to start instead.
+    let error = client::start(served.state(), "sys-usb").unwrap_err();
+    assert!(control_plane::output::error_text(&error).contains("No such file"), "{error:?}");
+    assert!(begun.elapsed() < LIMIT / 2);
+    kill(daemon, Signal::SIGCONT).unwrap();
+    wait_for("what it was asked for is done in the end", || served.power("sys-usb") == "Running");
+    served.ok("admin.vm.Kill", "sys-usb", "", "");
+    served.all_is_quiet();
+}
+
 /// Beside the sweep of every step (`tests/sweep.rs`, `new-disposable`): the daemon itself, killed while it makes one after the other.
 #[test]
 fn a_daemon_killed_while_it_makes_disposables_leaves_whole_ones_and_no_halves() {
@@ -465,8 +482,9 @@ fn a_runner_needs_no_daemon() {
         .spawn()
         .unwrap();
     drop(theirs);
-    let heard = ours.receive_within::<RunnerSays>(LIMIT).unwrap();
-    assert_eq!(heard.map(|(says, _)| says), Some(RunnerSays::Up));
+    for says in [RunnerSays::Starting, RunnerSays::Up] {
+        assert_eq!(ours.receive_within::<RunnerSays>(LIMIT).unwrap().map(|(heard, _)| heard), Some(says));
+    }
     // Whoever had it started may go.
     drop(ours);
     assert_eq!(served.run("sys-usb", &["echo", "on"]), "on\n");
