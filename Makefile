@@ -96,6 +96,8 @@ install: man
 	@tools/install-qubes.sh "$(DESTDIR)" "$(PREFIX)"
 	@install -d $(DESTDIR)$(PREFIX)/lib/systemd/system
 	@sed 's|/usr/local|$(PREFIX)|' control-plane/dispvmd.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/dispvmd.service
+	@install -m 644 control-plane/dispvmd.socket $(DESTDIR)$(PREFIX)/lib/systemd/system
+	@install -D -m 644 control-plane/dispvmd.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/dispvmd.conf
 
 lint: setup
 	@$(CARGO) clippy --release --workspace --all-targets -- -D warnings

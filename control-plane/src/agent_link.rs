@@ -68,6 +68,7 @@ pub struct AgentLink {
     command: Option<Exec>,
     limits: Limits,
     hostname: Option<String>,
+    closed: bool,
 }
 
 impl AgentLink {
@@ -81,6 +82,7 @@ impl AgentLink {
             command: None,
             limits: Limits::default(),
             hostname: None,
+            closed: false,
         }
     }
 
@@ -114,6 +116,11 @@ impl AgentLink {
         self.out.len()
     }
 
+    /// Whether the guest's end of the channel has gone, as it does when the guest goes down.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
     /// Whether frames have been read that were not taken yet.
     pub fn has_frames(&self) -> bool {
         !self.inbox.is_empty()
@@ -133,7 +140,10 @@ impl AgentLink {
                 Ok(count) => sent += count,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(broken("send to the agent", error)),
+                Err(error) => {
+                    self.closed = true;
+                    return Err(broken("send to the agent", error));
+                }
             }
         }
         self.out.drain(..sent);
@@ -148,7 +158,7 @@ impl AgentLink {
         let step = "listen to the agent";
         let mut buffer = [0u8; 64 << 10];
         match self.pipe.read(&mut buffer) {
-            Ok(0) => return Err(broken(step, "the guest has gone")),
+            Ok(0) => return Err(self.gone(step)),
             Ok(count) => {
                 let mut input = &buffer[..count];
                 while let Some(raw) = self.decoder.next(&mut input).map_err(|error| broken(step, error))? {
@@ -156,12 +166,15 @@ impl AgentLink {
                 }
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                return Err(broken(step, "the guest has gone"))
-            }
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(self.gone(step)),
             Err(error) => return Err(broken(step, error)),
         }
         Ok(self.inbox.pop_front())
+    }
+
+    fn gone(&mut self, step: &'static str) -> AgentError {
+        self.closed = true;
+        broken(step, "the guest has gone")
     }
 
     /// Whether the agent has said nothing that was not taken notice of, not even a part of it.

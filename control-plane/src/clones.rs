@@ -12,9 +12,11 @@ use engine::identity::CloneNumber;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::admin::settings;
 use crate::error::{Error, Kind, Result};
 use crate::names;
-use crate::qube;
+use crate::output::error_text;
+use crate::qube::{self, Qube};
 use crate::state::{self, State};
 use crate::templates;
 
@@ -35,7 +37,7 @@ pub struct CloneRecord {
     pub keeping: Keeping,
     /// Seconds since 1970.
     pub started: u64,
-    /// Its label, where that is not the DVM template's.
+    /// Its label; without one, it is the DVM template's.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub label: Option<String>,
     /// The qube with a record of its own that runs here. `dvm` is then what it is made from: a disposable's DVM template, else itself.
@@ -69,7 +71,7 @@ pub struct Claim<'a> {
     pub template: (String, u64),
     /// What keeps it.
     pub keeping: Keeping,
-    /// Another label than the DVM template's.
+    /// Its label. A spare gets it when it becomes somebody's.
     pub label: Option<&'a str>,
     /// The qube with a record of its own that it is.
     pub qube: Option<&'a str>,
@@ -122,11 +124,13 @@ impl Lease {
                 None => names::take(state, |number| is_taken(state, number))?,
             };
             let path = state.clones().join(number.to_string());
-            let Some(lock) = state::try_lock(&path)? else {
-                match own {
+            let taken = || Error::new(Kind::Refused, format!("{number} is running"));
+            let lock = match own {
+                Some(_) => state::try_lock_patiently(&path)?.ok_or_else(taken)?,
+                None => match state::try_lock(&path)? {
+                    Some(lock) => lock,
                     None => continue,
-                    Some(_) => return Err(Error::new(Kind::Refused, format!("{number} is running"))),
-                }
+                },
             };
             // A sweep may have removed the file between its opening and its locking.
             let same =
@@ -148,7 +152,25 @@ impl Lease {
             });
             let mut lease = Lease { state: state.clone(), number, path, rests: true, record, room: 0, lock };
             lease.write()?;
+            if lease.record.qube.is_none() && lease.record.keeping == Keeping::Launcher {
+                lease.keep_settings();
+            }
             return Ok(lease);
+        }
+    }
+
+    /// It becomes somebody's: what its DVM template is from now on is no matter to it.
+    pub fn hand_out(&mut self) -> Result<()> {
+        self.record.label = Some(Qube::load(&self.state, &self.record.dvm)?.label);
+        self.keep_settings();
+        self.write()
+    }
+
+    /// Without them it has its template's as they are when somebody asks: no reason not to launch.
+    fn keep_settings(&self) {
+        let CloneRecord { name, dvm, started, .. } = &*self.record;
+        if let Err(error) = settings::begin(&self.state, dvm, name, *started) {
+            tracing::warn!("{name}: {}", error_text(&error));
         }
     }
 
@@ -183,7 +205,10 @@ impl Drop for Lease {
         // A holder that was killed has left its socket.
         let name = self.record.qube.as_ref().unwrap_or(&self.record.name);
         let _ = fs::remove_file(self.state.call_socket(name));
-        let _ = fs::remove_file(&self.path);
+        // Without its record nobody would know of what is left: the next sweep takes both.
+        if settings::forget(&self.state, &self.record.name, self.record.started).is_ok() {
+            let _ = fs::remove_file(&self.path);
+        }
         let _ = match self.rests {
             true => names::give_back(&self.state, self.number),
             false => names::forget(&self.state, self.number),
@@ -229,6 +254,9 @@ pub fn sweep(state: &State) -> Result<()> {
             let socket = record.as_ref().and_then(|record| record.qube.clone()).or(name).unwrap_or_default();
             if qube::check_name(&socket).is_ok() {
                 let _ = fs::remove_file(state.call_socket(&socket));
+            }
+            if let (Some(number), Some(record)) = (number, &record) {
+                settings::forget(state, &number.to_string(), record.started)?;
             }
             let _ = fs::remove_file(&path);
             // Its seven days begin now, as far as anybody can tell.

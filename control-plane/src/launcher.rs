@@ -210,7 +210,7 @@ fn make(
     let image = maker.ready_image()?;
     let root_hash = image.as_ref().map_or(String::new(), |image| image.root_hash.clone());
     let template = (guest.dvm.template.clone(), guest.template.generation);
-    let label = request.label.as_deref();
+    let label = Some(request.label.as_ref().unwrap_or(&guest.label).as_str());
     let lease = Lease::take(state, &guest.dvm_name, &root_hash, template, Keeping::Launcher, label)?;
     drop(in_use);
     let confinement = machine::confinement(state, machine, lease.number());

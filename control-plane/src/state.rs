@@ -11,7 +11,8 @@
 //! ROOT/clones/dispN                          one record per living clone, locked by its keeper
 //! ROOT/calls/NAME.sock                       where the holder of a running guest listens (crate::calls)
 //! ROOT/{system,dom0}.toml                    the system's settings, and dom0's
-//! ROOT/disposables/dispN-STARTED.toml        settings of a disposable that runs
+//! ROOT/disposables/dispN-STARTED.begun       what was set of its template when a disposable that runs became somebody's
+//! ROOT/disposables/dispN-STARTED.toml        its own settings, once there are some
 //! ROOT/settings.lock                         held by whoever changes settings
 //! ROOT/use.lock                              see State::use_lock
 //! ROOT/dispvmd.{sock,lock}                   where the daemon listens, and that there is one

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -211,6 +211,23 @@ fn t7_a_dvm_template_names_itself_and_its_disposables_have_its_settings() {
     assert_eq!(qubes.ok("admin.vm.firewall.Get", &one, "", ""), "action=drop\n");
     assert!(qubes.refused("admin.vm.property.Set", "work", "netvm", "work").contains("Loops"));
     assert!(qubes.refused("admin.vm.property.Set", "work", "provides_network", "no").contains("InUse"));
+}
+
+#[test]
+fn l7_a_running_disposable_stays_as_its_template_was_and_the_next_one_is_as_it_is() {
+    let qubes = Qubes::new();
+    qubes.set("work", "provides_network", "1");
+    qubes.set("debian-dvm", "netvm", "work");
+    let lease = qubes.disposable("debian-dvm");
+    qubes.set("debian-dvm", "netvm", "");
+    qubes.ok("admin.vm.firewall.Set", "debian-dvm", "", "action=drop\n");
+    let later = qubes.disposable("debian-dvm");
+    let (first, next) = (lease.number().to_string(), later.number().to_string());
+    assert_eq!((qubes.get(&first, "netvm"), qubes.get(&next, "netvm")), (set("work"), set("")));
+    assert_eq!(qubes.ok("admin.vm.firewall.Get", &first, "", ""), "action=accept\n");
+    assert_eq!(qubes.ok("admin.vm.firewall.Get", &next, "", ""), "action=drop\n");
+    drop((lease, later));
+    assert_eq!(fs::read_dir(qubes.state.disposables()).unwrap().count(), 0);
 }
 
 #[test]
@@ -450,6 +467,16 @@ fn t4_t5_t6_l3_a_disposable_made_by_the_api_is_of_the_callers_default_and_not_an
     assert!(qubes
         .refused("admin.vm.CreateDisposable", "work", "", "")
         .contains("template_for_dispvms=False"));
+    // The next daemon removes what nobody has started; named ones stay.
+    qubes.ok("admin.vm.Create.DispVM", "dom0", "debian-dvm", "name=mail-disp label=red");
+    let left = qubes.ok("admin.vm.CreateDisposable", "debian-dvm", "", "");
+    let held = qubes.ok("admin.vm.CreateDisposable", "debian-dvm", "", "");
+    let starting = control_plane::qube::hold_running(&qubes.state, &held).unwrap();
+    drop(serve(&qubes.state, &qubes.folder.path().join("next.sock")).unwrap());
+    let there = |name: &str| qubes.state.qube(name).exists();
+    assert!(there("mail-disp") && there(&held) && !there(&left));
+    drop(starting);
+    let name = qubes.ok("admin.vm.CreateDisposable", "debian-dvm", "", "");
     // A name that a record has is nobody else's, and a record is not swept away before it has run.
     let number = control_plane::clones::number_of(&name).unwrap();
     assert!(control_plane::clones::is_taken(&qubes.state, number));
@@ -644,4 +671,53 @@ fn dispvmd_serves_the_api_until_it_is_told_to_end() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     assert!(daemon.wait().unwrap().success());
     assert!(!socket.exists());
+}
+
+/// As systemd starts it: with a socket that is there already, at which callers may wait, and stays when the daemon goes.
+#[test]
+fn dispvmd_takes_the_socket_that_it_is_handed_and_says_when_it_is_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, notify) = (folder.path().join("qubesd.sock"), folder.path().join("notify"));
+    let listener = UnixListener::bind(&socket).unwrap();
+    let ready = UnixDatagram::bind(&notify).unwrap();
+    ready.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let start = || {
+        Command::new("sh")
+            .args(["-c", "exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec \"$@\"", "sh"])
+            .args([env!("CARGO_BIN_EXE_dispvmd"), "--root"])
+            .arg(folder.path().join("state"))
+            .env("NOTIFY_SOCKET", &notify)
+            .stdin(std::os::fd::OwnedFd::from(listener.try_clone().unwrap()))
+            .spawn()
+            .unwrap()
+    };
+    for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGKILL] {
+        let request = Request::new("admin.vm.List", "dom0");
+        let waiting = {
+            let (socket, request) = (socket.clone(), request.clone());
+            std::thread::spawn(move || call_within(&socket, &request, Duration::from_secs(10)))
+        };
+        let mut daemon = start();
+        assert!(waiting.join().unwrap().unwrap().starts_with(b"dom0 class=AdminVM state=Running "));
+        let mut said = [0; 64];
+        let count = ready.recv(&mut said).unwrap();
+        assert_eq!(&said[..count], b"READY=1");
+        // It has one descriptor of it, which no program it starts inherits.
+        let pid = daemon.id();
+        let is_it = |fd: i32| {
+            fs::read_link(format!("/proc/{pid}/fd/{fd}"))
+                .is_ok_and(|to| to.to_string_lossy().starts_with("socket:"))
+        };
+        let flags = |fd: i32| fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+        let inherited: Vec<i32> = (3..32)
+            .filter(|fd| {
+                is_it(*fd)
+                    && !flags(*fd).lines().any(|line| line.starts_with("flags:") && line.contains("02"))
+            })
+            .collect();
+        assert!(inherited.is_empty(), "{inherited:?}");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal).unwrap();
+        daemon.wait().unwrap();
+        assert!(socket.exists());
+    }
 }

@@ -90,7 +90,7 @@ fn said(output: Output) -> (i32, String) {
 }
 
 fn launched(dvm: &str, source: &str) -> String {
-    format!("--dvm {dvm} --source {source} --user DEFAULT --service qubes.VMShell\n")
+    format!("--quiet --dvm {dvm} --source {source} --user DEFAULT --service qubes.VMShell\n")
 }
 
 #[test]
@@ -151,7 +151,8 @@ fn a_call_into_a_qube_that_runs_goes_to_its_call_socket_as_the_user_of_the_rule(
     let qubes = Setup::new();
     let _holder = Listener::bind(&qubes.state.call_socket("vault")).unwrap();
     let root = qubes.state.root().display();
-    let expected = format!("qrexec-client --root {root} -d vault -- root:QUBESRPC qubes.VMShell work\n");
+    let expected =
+        format!("qrexec-client --root {root} --quiet -d vault -- root:QUBESRPC qubes.VMShell work\n");
     assert_eq!(qubes.call(["work", "vault", "qubes.VMShell"]), (0, expected));
 }
 

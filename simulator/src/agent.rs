@@ -302,7 +302,7 @@ impl Agent {
         let number = number_of(&identity.hostname).map(|number| number.get());
         self.must(
             number.is_none_or(|number| number == self.vm.slot),
-            "identify: the name is that of another slot",
+            "identify: the name is not that of the slot",
         )?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         self.must(

@@ -112,11 +112,15 @@ pub fn every_record_is_whole_and_nothing_is_lost(world: &World, before: &Before)
 /// savefile, hot image or root generation that nothing pins and no living clone uses.
 pub fn no_file_is_left(world: &World, before: &Before) -> Found {
     let mut expected: Vec<PathBuf> =
-        ["use.lock", "names", "qubes", "clones", "calls", "hot", "hot/.lock"].map(PathBuf::from).to_vec();
+        ["use.lock", "names", "qubes", "clones", "calls", "disposables", "hot", "hot/.lock"]
+            .map(PathBuf::from)
+            .to_vec();
     let (mut roots, mut generations) = (Vec::new(), Vec::new());
     if let Some(pid) = before.bystander {
         for record in clone_records(world)?.into_iter().filter(|record| record.pid == pid) {
             expected.push(Path::new("clones").join(&record.name));
+            let begun = format!("{}-{}.begun", record.name, record.started);
+            expected.push(Path::new("disposables").join(begun));
             expected.push(Path::new("calls").join(format!("{}.sock", record.name)));
             roots.push(record.root_hash);
             generations.push(record.template.1);

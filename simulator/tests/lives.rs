@@ -246,7 +246,12 @@ fn of_a_runner_that_is_killed_nothing_is_left() {
         wait_for("its process has gone", || is_gone(runner.pid));
     }
     assert_eq!(served.power("sys-usb"), "Halted");
-    wait_for("the daemon removes the record", || !served.state().qube(&unnamed).exists());
+    let last = served.ok("admin.vm.CreateDisposable", DVM, "", "");
+    served.start(&last);
+    kill(Pid::from_raw(served.runner(&last).unwrap().pid as i32), Signal::SIGKILL).unwrap();
+    for name in [&unnamed, &last] {
+        wait_for("the daemon removes the record", || !served.state().qube(name).exists());
+    }
     assert_eq!(served.private_generation(OTHER), generation, "a killed qube keeps nothing");
     served.all_is_quiet();
     // What it held is free again.
@@ -381,6 +386,22 @@ fn while_a_qube_starts_others_are_heard_and_it_can_be_killed_and_the_daemon_too(
     served.start_daemon();
     wait_for("it is up", || served.power(OTHER) == "Running");
     served.ok("admin.vm.Shutdown", OTHER, "wait", "");
+    served.all_is_quiet();
+}
+
+#[test]
+fn who_gives_others_network_shuts_down_only_by_force() {
+    let served = Served::new();
+    served.named("sys-usb");
+    served.ok("admin.vm.property.Set", OTHER, "provides_network", "True");
+    served.ok("admin.vm.property.Set", "sys-usb", "netvm", OTHER);
+    served.start(OTHER);
+    served.start("sys-usb");
+    assert!(served.refused("admin.vm.Shutdown", OTHER).starts_with("QubesVMInUseError"));
+    served.ok("admin.vm.Shutdown", OTHER, "force+wait", "");
+    assert_eq!(served.power(OTHER), "Halted");
+    assert!(matches!(served.send("admin.vm.Shutdown", "sys-usb", "now", ""), Err(ApiError::Empty)));
+    served.ok("admin.vm.Kill", "sys-usb", "", "");
     served.all_is_quiet();
 }
 

@@ -12,6 +12,7 @@ use admin_api::{Event, ADMIN_VM};
 
 use super::settings;
 use super::world::{Context, World};
+use crate::clones;
 use crate::error::Result;
 
 /// How soon a disposable is seen.
@@ -93,11 +94,10 @@ pub(super) fn sweep(context: &Context) -> Result<()> {
         return Ok(());
     }
     let _lock = settings::lock(&context.state)?;
-    let world = World::new(context);
-    let owner =
-        |clone: &crate::clones::CloneRecord| settings::Owner::Disposable(clone.name.clone(), clone.started);
-    let living: Vec<_> = world.disposables()?.map(owner).collect();
-    settings::sweep(&context.state, &living)
+    settings::sweep(&context.state, || {
+        let living = clones::list(&context.state)?.into_iter();
+        Ok(living.map(|clone| settings::Owner::Disposable(clone.name, clone.started)).collect())
+    })
 }
 
 fn differences(before: &BTreeMap<String, Seen>, now: &BTreeMap<String, Seen>) -> Vec<Event> {

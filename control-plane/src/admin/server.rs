@@ -24,8 +24,11 @@ use super::answer::Refusal;
 use super::lobby::{Lobby, Places};
 use super::world::Context;
 use super::{api, events};
+use crate::clones;
 use crate::error::{Error, Kind, Result};
+use crate::qube::Qube;
 use crate::state::State;
+use crate::templates;
 
 /// Calls that are answered at once; `qvm-ls` makes one at a time. Others wait for a place.
 const CALLS_MAX: usize = 64;
@@ -49,22 +52,32 @@ const LISTENER_POLL: Duration = Duration::from_millis(250);
 const GROUP: &str = "qubes";
 const MODE: u32 = 0o660;
 
-/// The socket while it is served. Dropping it removes it.
+/// The socket while it is served. Dropping it removes it, if it is of our making.
 #[derive(Debug)]
 pub struct Served {
-    path: PathBuf,
+    path: Option<PathBuf>,
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        self.path.iter().for_each(|path| drop(fs::remove_file(path)));
     }
 }
 
 /// Serves the API on a socket at `path`, by threads that end with the process. Signals that somebody waits for are to be blocked
 /// before, for these threads do not know of them.
 pub fn serve(state: &State, path: &Path) -> Result<Served> {
-    let listener = bind(path)?;
+    serve_on(state, bind(path)?)?;
+    tracing::info!("the Admin API is at {}", path.display());
+    Ok(Served { path: Some(path.to_owned()) })
+}
+
+/// The same, on a socket that somebody else has made and keeps.
+pub fn serve_handed_over(state: &State, listener: UnixListener) -> Result<Served> {
+    serve_on(state, listener).map(|()| Served { path: None })
+}
+
+fn serve_on(state: &State, listener: UnixListener) -> Result<()> {
     let server = Arc::new(Server {
         context: Context::new(state.clone()),
         lobby: Lobby::default(),
@@ -73,11 +86,17 @@ pub fn serve(state: &State, path: &Path) -> Result<Served> {
         long_calls: Places::new(LONG_CALLS_MAX),
         listeners: Places::new(LISTENERS_MAX),
     });
+    if let Err(error) = remove_unstarted(state) {
+        tracing::warn!("cannot remove disposables that were never started: {error}");
+    }
     let looker = Arc::clone(&server);
     start("admin-look", move || looker.look_for_qubes())?;
-    start("admin-accept", move || accept(&server, &listener))?;
-    tracing::info!("the Admin API is at {}", path.display());
-    Ok(Served { path: path.to_owned() })
+    start("admin-accept", move || accept(&server, &listener))
+}
+
+/// Whoever had a disposable made by an earlier daemon, and has not started it, has lost its connection and will not.
+fn remove_unstarted(state: &State) -> Result<()> {
+    Qube::names(state)?.iter().try_for_each(|name| templates::remove_ended(state, name))
 }
 
 fn start(name: &str, run: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -255,10 +274,12 @@ impl Server {
 
     fn look_for_qubes(&self) {
         loop {
-            self.look();
-            if let Err(error) = events::sweep(&self.context) {
-                tracing::warn!("cannot remove the settings of ended disposables: {error}");
+            // What a runner that was killed has left: its record, and with it a disposable that was to go when it ends.
+            let swept = clones::sweep(&self.context.state).and_then(|()| events::sweep(&self.context));
+            if let Err(error) = swept {
+                tracing::warn!("cannot remove what is left of disposables that have ended: {error}");
             }
+            self.look();
             std::thread::sleep(events::LOOK_EVERY);
         }
     }

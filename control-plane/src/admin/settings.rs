@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use admin_api::ADMIN_VM;
@@ -129,18 +129,72 @@ pub fn lock(state: &State) -> Result<Flock<fs::File>> {
     state::lock(&state.settings_lock())
 }
 
-/// Removes the settings of disposables that are no more.
-pub fn sweep(state: &State, living: &[Owner]) -> Result<()> {
-    let living: BTreeSet<PathBuf> = living.iter().map(|owner| owner.path(state)).collect();
+/// Keeps what was set of the DVM template `dvm` as what this disposable of it began with, whatever becomes of the template.
+///
+/// It costs a launch one more name for the template's record, which is never written in place, only replaced.
+pub fn begin(state: &State, dvm: &str, disposable: &str, started: u64) -> Result<()> {
+    let (from, to) = (Owner::Qube(dvm.to_owned()).path(state), begun_path(state, disposable, started));
+    let name = || match fs::hard_link(&from, &to) {
+        // Nothing was set of it; or the file system has no such links.
+        Err(error) if error.kind() == ErrorKind::NotFound && state.disposables().is_dir() => {
+            fs::File::create(&to).map(drop)
+        }
+        Err(error) if error.kind() != ErrorKind::NotFound => fs::copy(&from, &to).map(drop),
+        linked => linked,
+    };
+    let done = match name() {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            state::make_folder(&state.disposables())?;
+            name()
+        }
+        done => done,
+    };
+    done.map_err(Error::io("keep the settings of the template in", &to))
+}
+
+/// What was set of the template of a disposable when that began to be somebody's; `None` where that was not kept.
+pub fn begun(state: &State, disposable: &str, started: u64) -> Result<Option<Settings>> {
+    load(&begun_path(state, disposable, started))
+}
+
+/// Removes what a disposable that has ended had of settings.
+pub fn forget(state: &State, disposable: &str, started: u64) -> Result<()> {
+    let own = Owner::Disposable(disposable.to_owned(), started).path(state);
+    for path in [own, begun_path(state, disposable, started)] {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Error::io("remove", &path)(error))
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn begun_path(state: &State, disposable: &str, started: u64) -> PathBuf {
+    state.disposables().join(format!("{disposable}-{started}.begun"))
+}
+
+/// Removes the settings of disposables that are no more. Who lives is asked after these were listed: one that comes meanwhile has a
+/// record before it has settings.
+pub fn sweep(state: &State, living: impl FnOnce() -> Result<Vec<Owner>>) -> Result<()> {
     let folder = state.disposables();
     let entries = match fs::read_dir(&folder) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         entries => entries.map_err(Error::io("list", &folder))?,
     };
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let is_record = path.extension().is_some_and(|ending| ending == "toml");
-        if is_record && !living.contains(&path) {
-            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+    let paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    let living = living()?;
+    let living: BTreeSet<PathBuf> = living.iter().map(|owner| owner.path(state).with_extension("")).collect();
+    for path in paths {
+        let is_record = path.extension().is_some_and(|ending| ending == "toml" || ending == "begun");
+        if is_record && !living.contains(&path.with_extension("")) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &path)(error))
+                }
+                _ => {}
+            }
         }
     }
     Ok(())
@@ -210,14 +264,43 @@ mod tests {
     }
 
     #[test]
+    fn a_disposable_keeps_what_its_template_had_at_next_to_no_cost() {
+        let (_folder, state) = state();
+        let dvm = Owner::Qube("d".into());
+        assert_eq!(begun(&state, "disp7", 1).unwrap(), None);
+        state::make_folder(&state.qube("d")).unwrap();
+        begin(&state, "d", "disp7", 1).unwrap();
+        let set = |notes: &str| {
+            Settings { notes: notes.into(), ..Settings::default() }.save(&state, &dvm).unwrap();
+        };
+        set("one");
+        assert_eq!(begun(&state, "disp7", 1).unwrap(), Some(Settings::default()));
+        let mut times: Vec<_> = (2..100)
+            .map(|started| {
+                let start = std::time::Instant::now();
+                begin(&state, "d", "disp7", started).unwrap();
+                start.elapsed()
+            })
+            .collect();
+        set("two");
+        assert_eq!(begun(&state, "disp7", 50).unwrap().unwrap().notes, "one");
+        times.sort();
+        println!("keeping a template's settings: median {:?}, most {:?}", times[49], times[97]);
+        forget(&state, "disp7", 50).unwrap();
+        assert_eq!(begun(&state, "disp7", 50).unwrap(), None);
+        sweep(&state, || Ok(vec![Owner::Disposable("disp7".into(), 3)])).unwrap();
+        assert_eq!(fs::read_dir(state.disposables()).unwrap().count(), 1);
+    }
+
+    #[test]
     fn settings_of_a_disposable_go_when_it_does() {
         let (_folder, state) = state();
         let owner = |started| Owner::Disposable("disp7".into(), started);
         Settings { notes: "x".into(), ..Settings::default() }.save(&state, &owner(1)).unwrap();
         assert_eq!(Settings::load(&state, &owner(2)).unwrap(), Settings::default());
-        sweep(&state, &[owner(1)]).unwrap();
+        sweep(&state, || Ok(vec![owner(1)])).unwrap();
         assert_eq!(Settings::load(&state, &owner(1)).unwrap().notes, "x");
-        sweep(&state, &[owner(2)]).unwrap();
+        sweep(&state, || Ok(vec![owner(2)])).unwrap();
         assert_eq!(Settings::load(&state, &owner(1)).unwrap(), Settings::default());
     }
 }

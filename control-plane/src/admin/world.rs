@@ -10,7 +10,7 @@ use admin_api::{Kind as Exceptions, ADMIN_VM};
 
 use super::answer::{exception, Answer};
 use super::events::Hub;
-use super::settings::{Owner, Settings, System};
+use super::settings::{self, Owner, Settings, System};
 use crate::clones::{self, CloneRecord, Keeping, Power};
 use crate::daemon::client;
 use crate::error::{Kind, Result};
@@ -197,10 +197,15 @@ impl<'a> World<'a> {
         }
     }
 
-    /// The settings a disposable begins with: its template's, not its caller's. From the first change on it has its own.
+    /// The settings a disposable begins with: its template's as they were then, not its caller's. From the first change on it has its
+    /// own. A spare is nobody's yet, and has its template's as they are.
     fn begins_with(&self, clone: &CloneRecord) -> Result<Settings> {
-        let Some(dvm) = self.find(&clone.dvm)? else { return Ok(Settings::default()) };
-        let mut settings = dvm.settings.of_its_disposables();
+        let of_template = match settings::begun(self.state, &clone.name, clone.started)? {
+            Some(begun) => Some(begun),
+            None => self.find(&clone.dvm)?.map(|dvm| dvm.settings.clone()),
+        };
+        let Some(of_template) = of_template else { return Ok(Settings::default()) };
+        let mut settings = of_template.of_its_disposables();
         if self.context.is_spare(clone) {
             settings.features.insert("internal".to_owned(), "1".to_owned());
         }

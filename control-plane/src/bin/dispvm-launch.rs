@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use control_plane::calls::service;
+use control_plane::calls::{service, system_log};
 use control_plane::cli::{fail, generate_if_asked, machine, Common, LOGIN_SHELL};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::launcher::{self, Report, Request};
+use control_plane::output::error_text;
 use control_plane::qube::{self, Qube};
 use qrexec::{Exec, User};
 
@@ -41,6 +42,9 @@ struct Options {
     /// Do not start building the savefile that was missing or stale
     #[arg(long)]
     no_rebuild: bool,
+    /// Say what there is to say in the system's log, not on standard error, which is the command's alone then
+    #[arg(long, conflicts_with_all = ["timing", "json"])]
+    quiet: bool,
     /// Run this qrexec service instead of a command
     #[arg(long, value_name = "SERVICE[+ARG]", conflicts_with = "command")]
     service: Option<String>,
@@ -73,8 +77,12 @@ fn main() -> ExitCode {
         Err(error) => {
             let status = launcher::exit_of(&error);
             if options.json {
-                let text = control_plane::output::error_text(&error);
+                let text = error_text(&error);
                 eprintln!("{}", serde_json::json!({ "error": text, "exit_status": status }));
+                return ExitCode::from(status);
+            }
+            if options.quiet {
+                system_log::say("dispvm-launch", &error_text(&error));
                 return ExitCode::from(status);
             }
             fail("dispvm-launch", &error, status)
@@ -89,7 +97,10 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
     options.label.as_deref().map_or(Ok(()), qube::check_label)?;
     let label =
         options.label.clone().filter(|label| Qube::load(&state, &dvm).is_ok_and(|qube| qube.label != *label));
-    let say = |text: &str| eprintln!("dispvm-launch: {text}");
+    let say = |text: &str| match options.quiet {
+        true => system_log::say("dispvm-launch", text),
+        false => eprintln!("dispvm-launch: {text}"),
+    };
     launcher::run(
         &state,
         &machine()?,

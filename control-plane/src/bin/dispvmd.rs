@@ -1,4 +1,4 @@
-//! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds.
+//! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds, and serves the Admin API.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,14 +8,15 @@ use clap::{Parser, Subcommand};
 use control_plane::admin;
 use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
 use control_plane::daemon::protocol::Status;
-use control_plane::daemon::{client, keeper, server};
+use control_plane::daemon::{client, keeper, server, systemd};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::run::runner;
 use nix::sys::signal::{SigSet, Signal};
 
-/// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh.
+/// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh; starts qubes and serves Qubes'
+/// Admin API.
 ///
-/// Runs in the foreground until SIGTERM or SIGINT; running disposables go on without it. What it has to say it says on standard
+/// Runs in the foreground until SIGTERM or SIGINT; running qubes and disposables go on without it. What it has to say it says on standard
 /// error.
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage.
@@ -30,7 +31,8 @@ struct Options {
     /// Age in seconds at which a spare is replaced
     #[arg(long, value_name = "S", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..))]
     spare_age: u64,
-    /// Serve Qubes' Admin API on a socket at this path, as qubesd does at /var/run/qubesd.sock
+    /// Serve Qubes' Admin API on a socket at this path, as qubesd does at /var/run/qubesd.sock [default: the socket systemd has made, if
+    /// it has]
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
     #[command(subcommand)]
@@ -85,7 +87,11 @@ fn run(options: Options) -> Result<()> {
             let age_max = Duration::from_secs(options.spare_age);
             // Before there are other threads, which would end the process at the first of them.
             block_signals().map_err(Error::failed("block signals"))?;
-            let _api = options.api_socket.map(|path| admin::server::serve(&state, &path)).transpose()?;
+            let _api = match (systemd::listener()?, options.api_socket) {
+                (Some(listener), _) => Some(admin::server::serve_handed_over(&state, listener)?),
+                (None, Some(path)) => Some(admin::server::serve(&state, &path)?),
+                (None, None) => None,
+            };
             server::run(&state, &machine()?, server::Options { spares: options.spares, age_max })
         }
         Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),

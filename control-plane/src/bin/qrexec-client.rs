@@ -14,9 +14,10 @@ use std::thread::JoinHandle;
 use std::ffi::OsString;
 
 use clap::Parser;
-use control_plane::calls::{client, programs, service};
+use control_plane::calls::{client, programs, service, system_log};
 use control_plane::cli::{fail, generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
+use control_plane::output::error_text;
 use control_plane::state::State;
 use qrexec::service as text;
 use qrexec::service::CommandLine;
@@ -57,6 +58,9 @@ struct Options {
     /// End the qube afterwards, as is done with a disposable anyway
     #[arg(short = 'k')]
     kill: bool,
+    /// Say what there is to say in the system's log, not on standard error, which is the command's alone then
+    #[arg(long)]
+    quiet: bool,
     /// USER:COMMAND, or USER:QUBESRPC SERVICE[+ARG] SOURCE; USER is DEFAULT, user or root
     #[arg(value_name = "USER:COMMAND")]
     line: OsString,
@@ -75,7 +79,12 @@ fn main() -> ExitCode {
         Ok(status) => ExitCode::from(if options.any_status { 0 } else { status }),
         Err(error) => {
             let refused = error.kind == Kind::Refused;
-            fail("qrexec-client", &error, if refused { text::EXIT_REFUSED } else { text::EXIT_PROBLEM })
+            let status = if refused { text::EXIT_REFUSED } else { text::EXIT_PROBLEM };
+            if options.quiet {
+                system_log::say("qrexec-client", &error_text(&error));
+                return ExitCode::from(status);
+            }
+            fail("qrexec-client", &error, status)
         }
     }
 }
@@ -87,7 +96,7 @@ fn run(options: &Options) -> Result<u8> {
             .because(error)
             .hint("USER:COMMAND, or USER:QUBESRPC SERVICE[+ARG] SOURCE")
     })?;
-    let remote = Remote::of(&state, &options.domain, &line)?;
+    let remote = Remote::of(&state, &options.domain, &line, options.quiet)?;
     if options.kill && !matches!(remote, Remote::Fresh(_)) {
         return Err(Error::new(Kind::Usage, "-k is for disposables: -d @dispvm")
             .hint(format!("`qvm-kill {}` ends another", options.domain)));
@@ -119,7 +128,7 @@ enum Remote<'a> {
 }
 
 impl<'a> Remote<'a> {
-    fn of(state: &'a State, domain: &'a str, line: &CommandLine) -> Result<Remote<'a>> {
+    fn of(state: &'a State, domain: &'a str, line: &CommandLine, quiet: bool) -> Result<Remote<'a>> {
         let exec = service::line(line)?;
         let keyword = domain.strip_prefix(['@', '$']);
         match keyword.map(|keyword| keyword.split_once(':').unwrap_or((keyword, ""))) {
@@ -129,7 +138,7 @@ impl<'a> Remote<'a> {
                 if !dvm.is_empty() {
                     launch.args(["--dvm", dvm]);
                 }
-                launch.args(["--user", &line.user]);
+                launch.args(["--user", &line.user]).args(quiet.then_some("--quiet"));
                 match &line.command {
                     text::Command::Rpc { service, source, .. } => {
                         launch.args(["--source", source.as_str(), "--service", &service.to_string()])

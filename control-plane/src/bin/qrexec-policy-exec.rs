@@ -4,23 +4,20 @@
 //! Invariants: nothing is read of the call's streams or written to them here, the guest would hear it; what is to be known is told to the
 //! holder, and to the system's log.
 
-use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use control_plane::calls::decide::{self, Asked, Rules};
 use control_plane::calls::verdict::Teller;
-use control_plane::calls::{carry_out, service};
+use control_plane::calls::{carry_out, service, system_log};
 use control_plane::cli::{generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::output::error_text;
 use nix::sys::signal::SigSet;
 use qrexec::service::{Target, EXIT_NOT_FOUND, EXIT_PROBLEM, EXIT_REFUSED};
 
-/// Where the system's log listens, and what it gets before each line: facility authpriv, severity info.
-const SYSTEM_LOG: &str = "/dev/log";
-const LOG_PREFIX: &str = "<86>qrexec-policy-exec: ";
+const NAME: &str = "qrexec-policy-exec";
 
 /// Carries out a call of a qube, if the policy allows it.
 ///
@@ -58,7 +55,7 @@ fn main() -> ExitCode {
         Ok((text, Some(mut command))) => {
             tell(&mut teller, true, &text);
             let error = command.exec();
-            eprintln!("qrexec-policy-exec: cannot run the service: {}", error.kind());
+            system_log::say(NAME, &format!("{text}, but cannot be run: {error}"));
             ExitCode::from(EXIT_PROBLEM)
         }
         Ok((text, None)) => {
@@ -89,11 +86,7 @@ fn prepare(options: &Options) -> Result<(String, Option<Command>)> {
 
 /// Tells the holder and the system's log.
 fn tell(teller: &mut Teller, accepted: bool, text: &str) {
-    // Each is one line, whatever an error's text has.
-    let line = text.replace(['\n', '\r'], " ");
-    teller.tell(accepted, &line);
-    if let Ok(log) = UnixDatagram::unbound() {
-        let _ = log.set_nonblocking(true);
-        let _ = log.send_to(format!("{LOG_PREFIX}{line}").as_bytes(), SYSTEM_LOG);
-    }
+    // One line, whatever an error's text has.
+    teller.tell(accepted, &text.replace(['\n', '\r'], " "));
+    system_log::say(NAME, text);
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use policy::{Allow, Destination};
 use qrexec::service::Target;
@@ -38,14 +38,14 @@ fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>
             service::user(user)?;
             have_running(state, name)?;
             let mut client = programs::command("qrexec-client", state);
-            client.args(["-d", name, "--"]);
+            client.args(["--quiet", "-d", name, "--"]);
             client.arg(format!("{user}:QUBESRPC {} {source}", asked.service));
             Ok(Some(client))
         }
         Destination::DispVmOf(dvm) => {
             service::user(user)?;
             let mut launch = programs::command("dispvm-launch", state);
-            launch.args(["--dvm", dvm, "--source", source, "--user", user]);
+            launch.args(["--quiet", "--dvm", dvm, "--source", source, "--user", user]);
             launch.args(["--service", &asked.service.to_string()]);
             Ok(Some(launch))
         }
@@ -64,6 +64,8 @@ fn have_running(state: &State, name: &str) -> Result<()> {
 fn in_dom0(asked: &Asked, user: &str) -> Result<Option<Command>> {
     let Some(path) = find(asked) else { return Ok(None) };
     let mut command = as_user(user, &path)?;
+    // As with Qubes: what dom0's programs complain of is not for a guest.
+    command.stderr(Stdio::null());
     for (variable, _) in std::env::vars_os() {
         if variable.to_string_lossy().starts_with("QREXEC") {
             command.env_remove(variable);

@@ -126,7 +126,7 @@ impl Hub {
         match self.carry(link, domain, signals, timeline) {
             Err(SessionError::Host(HostError::PoweredOff { .. })) => Ok(Ending::PoweredOff),
             // The agent's channel may close before the host tells that the guest has switched itself off.
-            Err(SessionError::Agent(error)) if self.shutting_down || main.is_none() => {
+            Err(SessionError::Agent(error)) if link.is_closed() && (self.shutting_down || main.is_none()) => {
                 await_off(domain, signals)?.ok_or(SessionError::Agent(error))
             }
             ended => ended,

@@ -39,6 +39,7 @@ pub mod programs;
 pub mod reception;
 pub mod requests;
 pub mod service;
+pub mod system_log;
 pub mod verdict;
 mod watch;
 

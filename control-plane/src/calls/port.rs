@@ -15,6 +15,11 @@ use rustix::net::{RecvFlags, SendFlags};
 /// What a pipe that polls writable takes without blocking (PIPE_BUF, pipe(7)).
 const POLLED_BYTES: usize = 4096;
 
+/// Major numbers (devices.txt): /dev/null and its like; pseudo-terminals' slaves, which are what they are whoever opens them, unlike /dev/tty
+/// and /dev/ptmx.
+const MEMORY_DEVICES: u32 = 1;
+const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143;
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Port {
@@ -50,8 +55,12 @@ impl Port {
     }
 
     fn of(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Port> {
-        let kind = match FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode) {
+        let there = rustix::fs::fstat(fd)?;
+        let device = rustix::fs::major(there.st_rdev);
+        let kind = match FileType::from_raw_mode(there.st_mode) {
             FileType::Socket => Kind::Socket,
+            FileType::CharacterDevice if device == MEMORY_DEVICES => Kind::Free,
+            FileType::CharacterDevice if !TERMINALS.contains(&device) => Kind::Polled,
             FileType::Fifo | FileType::CharacterDevice => match again(fd, access) {
                 Some(fd) => return Ok(Port { fd, kind: Kind::Free }),
                 None => Kind::Polled,
@@ -121,6 +130,15 @@ mod tests {
         reader.read_exact(&mut bytes).unwrap();
         writer.write_all(b"x").unwrap();
         assert_eq!(input.read(&mut bytes), Ok(4096));
+    }
+
+    /// A terminal's master that is opened again is another terminal's.
+    #[test]
+    fn a_terminals_master_is_not_opened_again() {
+        let master = rustix::fs::open("/dev/ptmx", OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
+        assert!(Port::output(master.as_fd()).unwrap().is_polled());
+        let null = std::fs::File::options().write(true).open("/dev/null").unwrap();
+        assert!(!Port::output(null.as_fd()).unwrap().is_polled());
     }
 
     #[test]

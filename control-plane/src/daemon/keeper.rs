@@ -42,6 +42,7 @@ struct Keeper<'a> {
     dvm: String,
     spare: Spare,
     clone: Clone<Option<AgentLink>>,
+    lease: Lease,
     /// Our end; the other goes out with the clone.
     lifeline: Option<Channel>,
     daemon: Option<Channel>,
@@ -64,7 +65,7 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
     let path = state.daemon_socket();
     let daemon = Channel::connect(&path).map_err(Error::io("reach dispvmd at", &path))?;
     daemon.send(&greeting(dvm), &[]).map_err(Error::failed("greet dispvmd"))?;
-    let (clone, spare, mut lease) = match make(state, machine, dvm) {
+    let (clone, spare, lease) = match make(state, machine, dvm) {
         Ok(made) => made,
         Err(error) => {
             let _ = daemon.send(&KeeperSays::Failed { reason: error_text(&error) }, &[]);
@@ -77,6 +78,7 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
         dvm: dvm.to_owned(),
         spare,
         clone: Clone { domain, agent: Some(agent) },
+        lease,
         lifeline: None,
         daemon: Some(daemon),
         connected: Instant::now(),
@@ -87,7 +89,7 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
         keeper.lose_daemon();
     }
     let outcome = keeper.keep(&mut signals);
-    let Keeper { clone, lifeline, running, .. } = keeper;
+    let Keeper { clone, mut lease, lifeline, running, .. } = keeper;
     if !running {
         lease.forget_name();
     }
@@ -225,6 +227,10 @@ impl Keeper<'_> {
                 self.clone.agent = None;
                 if let Err(error) = self.clone.domain.run() {
                     return self.give_up(&error);
+                }
+                // Its owner does not wait for this.
+                if let Err(error) = self.lease.hand_out() {
+                    tracing::warn!("disp{}: {}", self.spare.number, error_text(&error));
                 }
             }
             Ok(Some((KeeperHears::End, _))) => return Go::End,

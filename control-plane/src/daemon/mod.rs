@@ -24,4 +24,5 @@ pub mod protocol;
 pub mod server;
 mod starter;
 mod survey;
+pub mod systemd;
 mod upkeep;

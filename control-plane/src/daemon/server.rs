@@ -19,7 +19,7 @@ use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 use super::channel::{Channel, Listener};
 use super::policy::Memory;
 use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, RunnerSays, Spare, PROTOCOL};
-use super::starter;
+use super::{starter, systemd};
 use crate::clones::{self, Keeping};
 use crate::error::{Error, Kind, Result};
 use crate::machine::{self, Machine};
@@ -69,6 +69,7 @@ pub fn run(state: &State, machine: &dyn Machine, options: Options) -> Result<()>
         outdated: false,
     };
     tracing::info!("listening on {}", path.display());
+    systemd::ready();
     let served = daemon.serve(&listener, &signals);
     daemon.end_spares(None);
     let _ = std::fs::remove_file(&path);

@@ -75,13 +75,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// The next frame that is no credit.
+    /// The next frame that is neither credit nor the end of dom0's stderr, which nothing comes of.
     pub fn hear(&mut self) -> HostFrame {
         loop {
             match self.hear_any() {
                 HostFrame::StdoutCredit { .. }
                 | HostFrame::StderrCredit { .. }
-                | HostFrame::CallStdinCredit { .. } => {}
+                | HostFrame::CallStdinCredit { .. }
+                | HostFrame::CallStderrEof { .. } => {}
                 frame => return frame,
             }
         }
@@ -167,6 +168,15 @@ impl Guest {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
         qubes(&state);
+        Guest::start_in(state, folder, name, pauses)
+    }
+
+    /// Another guest of the same state folder.
+    pub fn start_beside(&self, name: &'static str) -> Guest {
+        Guest::start_in(self.state.clone(), tempfile::tempdir().unwrap(), name, true)
+    }
+
+    fn start_in(state: State, folder: tempfile::TempDir, name: &'static str, pauses: bool) -> Guest {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (domain, events) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
