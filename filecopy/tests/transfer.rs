@@ -7,7 +7,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{symlink, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -26,6 +25,11 @@ const ENOLINK: u32 = 67;
 const EILSEQ: u32 = 84;
 const EREMOTEIO: u32 = 121;
 const EDQUOT: u32 = 122;
+
+/// A folder in memory: what is received is written to the disk in the end, which may be busy.
+fn memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").unwrap()
+}
 
 /// Sends and receives at once.
 fn transfer(paths: &[PathBuf], into: &Path) -> Result<(), SendError> {
@@ -78,7 +82,7 @@ fn names_in(folder: &Path) -> Vec<String> {
 
 #[test]
 fn files_folders_and_links_come_as_they_were_with_their_times() {
-    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (ours, theirs) = (memory(), memory());
     let root = ours.path().join("work");
     fs::create_dir_all(root.join("in/deep")).unwrap();
     let large: Vec<u8> = (0..300_000u32).flat_map(u32::to_le_bytes).collect();
@@ -118,7 +122,7 @@ fn files_folders_and_links_come_as_they_were_with_their_times() {
 
 #[test]
 fn what_is_there_stays_and_the_sender_hears_its_name() {
-    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (ours, theirs) = (memory(), memory());
     let path = ours.path().join("letter");
     fs::write(&path, b"new").unwrap();
     for kind in ["file", "link", "folder"] {
@@ -149,7 +153,7 @@ fn what_is_there_stays_and_the_sender_hears_its_name() {
 
 #[test]
 fn a_large_file_whose_receiver_gives_up_ends_with_its_word() {
-    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (ours, theirs) = (memory(), memory());
     // Far more than pipes hold: the sender is still writing when it is refused.
     let path = ours.path().join("large");
     File::create(&path).unwrap().set_len(64 << 20).unwrap();
@@ -159,7 +163,7 @@ fn a_large_file_whose_receiver_gives_up_ends_with_its_word() {
 
 #[test]
 fn no_name_leads_out() {
-    let theirs = tempfile::tempdir().unwrap();
+    let theirs = memory();
     let into = theirs.path().join("into");
     fs::create_dir(&into).unwrap();
     for name in ["../x", "a/../../x", "/tmp/x", "..", ".", "a//x", "a/", "a\0b", "\u{202e}x", "\x1b[2J", ""] {
@@ -178,7 +182,7 @@ fn no_name_leads_out() {
 
 #[test]
 fn no_link_leads_out() {
-    let theirs = tempfile::tempdir().unwrap();
+    let theirs = memory();
     let folder = entry(b"a", FOLDER, b"");
     for target in ["/etc/passwd", "..", "../b", "x/../../..", "", "./x"] {
         let link = entry(b"a/link", LINK, target.as_bytes());
@@ -199,7 +203,7 @@ fn no_link_leads_out() {
 
 #[test]
 fn only_files_folders_and_links_come_and_none_with_rights_of_its_own() {
-    let theirs = tempfile::tempdir().unwrap();
+    let theirs = memory();
     for mode in [0, 0o010644, 0o020644, 0o060644, 0o140644, 0o170000, u32::MAX] {
         assert_eq!(error_of(&[entry(b"x", mode, b"")], theirs.path()).0, EINVAL, "{mode:o}");
     }
@@ -212,7 +216,7 @@ fn only_files_folders_and_links_come_and_none_with_rights_of_its_own() {
 
 #[test]
 fn what_ends_too_early_leaves_no_file() {
-    let theirs = tempfile::tempdir().unwrap();
+    let theirs = memory();
     let whole = [entry(b"file", FILE, &[7; 100_000]), Header::default().encode().to_vec()].concat();
     for end in [0, 1, 31, 32, 35, 37, 50_000, 100_036] {
         assert_eq!(answer(&whole[..end], theirs.path(), &Limits::default()).error, EREMOTEIO, "{end}");
@@ -224,7 +228,7 @@ fn what_ends_too_early_leaves_no_file() {
 
 #[test]
 fn there_are_limits() {
-    let theirs = tempfile::tempdir().unwrap();
+    let theirs = memory();
     let archive =
         |names: &[&[u8]]| names.iter().flat_map(|name| entry(name, FILE, b"four")).collect::<Vec<_>>();
     let limits = Limits { entries: 2, bytes: 100 };
@@ -240,38 +244,39 @@ fn there_are_limits() {
     assert_eq!(answer(&huge, theirs.path(), &Limits::default()).error, EDQUOT);
 }
 
-/// Whoever moves the folder that is just being filled gets no file anywhere else.
+/// Whoever puts a link in the place of the folder that is just being filled gets no file where it leads.
 #[test]
 fn a_folder_that_becomes_a_link_meanwhile_is_not_followed() {
-    let theirs = tempfile::tempdir().unwrap();
+    let theirs = memory();
     let (into, outside) = (theirs.path().join("into"), theirs.path().join("outside"));
     fs::create_dir(&into).unwrap();
     fs::create_dir(&outside).unwrap();
-    let is_over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let (folder, aside) = (into.join("a"), into.join("aside"));
-            while !is_over.load(Ordering::Relaxed) {
-                let _ = fs::rename(&folder, &aside);
+    let swapping = thread::spawn({
+        let (into, outside) = (into.clone(), outside.clone());
+        move || {
+            let folder = into.join("a");
+            for round in 0..300 {
+                let _ = fs::rename(&folder, into.join(format!("aside-{round}")));
                 let _ = symlink(&outside, &folder);
+                thread::sleep(Duration::from_micros(50));
                 let _ = fs::remove_file(&folder);
-                let _ = fs::rename(&aside, &folder);
+                thread::sleep(Duration::from_micros(50));
             }
-        });
-        for round in 0..300 {
-            let name = |at: u32| format!("a/{round}-{at}").into_bytes();
-            let files = (0..20).map(|at| entry(&name(at), FILE, b"secret"));
-            let entries: Vec<_> = std::iter::once(entry(b"a", FOLDER, b"")).chain(files).collect();
-            error_of(&entries, &into);
         }
-        is_over.store(true, Ordering::Relaxed);
     });
+    while !swapping.is_finished() {
+        let files = (0..20).map(|at| entry(format!("a/{at}").as_bytes(), FILE, b"secret"));
+        let entries: Vec<_> = std::iter::once(entry(b"a", FOLDER, b"")).chain(files).collect();
+        error_of(&entries, &into);
+    }
+    swapping.join().unwrap();
     assert!(names_in(&outside).is_empty());
+    assert!(!names_in(&into).is_empty());
 }
 
 #[test]
 fn a_full_disk_is_told() {
-    let (ours, theirs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (ours, theirs) = (memory(), memory());
     let mounted =
         Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(theirs.path()).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
@@ -294,7 +299,7 @@ fn a_full_disk_is_told() {
 
 #[test]
 fn what_cannot_be_sent_is_said_before_anything_is() {
-    let ours = tempfile::tempdir().unwrap();
+    let ours = memory();
     let folder = ours.path().join("folder");
     fs::create_dir(&folder).unwrap();
     let why = |path: &Path| survey(&[path.to_owned()], false).unwrap_err();
@@ -315,7 +320,7 @@ fn what_cannot_be_sent_is_said_before_anything_is() {
 
 #[test]
 fn a_hostile_answer_is_not_shown_as_it_is() {
-    let ours = tempfile::tempdir().unwrap();
+    let ours = memory();
     let path = ours.path().join("x");
     fs::write(&path, b"x").unwrap();
     let reply = |error, crc32, name: &[u8]| Reply { error, crc32, last_name: Some(name.to_vec()) }.encode();
@@ -336,7 +341,7 @@ fn a_hostile_answer_is_not_shown_as_it_is() {
 
 #[test]
 fn incoming_folders_are_the_sources_own_and_no_links() {
-    let home = tempfile::tempdir().unwrap();
+    let home = memory();
     Tree::incoming(home.path(), "work").unwrap();
     Tree::incoming(home.path(), "work").unwrap();
     let folder = home.path().join("QubesIncoming/work");
@@ -351,7 +356,7 @@ fn incoming_folders_are_the_sources_own_and_no_links() {
 /// The whole of a call: what `qvm-copy-to-vm` and `qvm-move-to-vm` do, with a program in between that has the service.
 #[test]
 fn a_job_ends_as_its_call_does() {
-    let ours = tempfile::tempdir().unwrap();
+    let ours = memory();
     let path = ours.path().join("x");
     fs::write(&path, b"x").unwrap();
     let job = |moves| {
@@ -370,4 +375,7 @@ fn a_job_ends_as_its_call_does() {
     let none = Job { paths: &paths, moves: true, ignores_links: false, shows_progress: false }
         .run(|_| Command::new("/no/such/program"));
     assert_eq!(none.unwrap_err().status(), 125);
+    let links_lost = Job { paths: &paths, moves: true, ignores_links: true, shows_progress: false }
+        .run(|_| unreachable!("nothing is called"));
+    assert!(matches!(links_lost, Err(JobError::LinksLost)));
 }
