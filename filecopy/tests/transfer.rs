@@ -1,5 +1,6 @@
 //! Senders and receivers on both ends of real pipes, and archives that no honest sender makes.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{pipe, Read};
@@ -11,6 +12,8 @@ use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
 use filecopy::*;
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 const FILE: u32 = 0o100644;
 const FOLDER: u32 = 0o040755;
@@ -378,4 +381,43 @@ fn a_job_ends_as_its_call_does() {
     let links_lost = Job { paths: &paths, moves: true, ignores_links: true, shows_progress: false }
         .run(|_| unreachable!("nothing is called"));
     assert!(matches!(links_lost, Err(JobError::LinksLost)));
+}
+
+/// Files by their paths below a folder.
+fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => {
+                    let name = path.strip_prefix(folder).unwrap().to_owned();
+                    found.insert(name, fs::read(path).unwrap());
+                }
+            }
+        }
+    }
+    found
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn whatever_is_sent_comes(
+        files in vec(("[a-c]{1,2}(/[a-c]{1,2}){0,3}/[x-z]{1,2}", vec(any::<u8>(), 0..200_000)), 0..12)
+    ) {
+        let (ours, theirs) = (memory(), memory());
+        let root = ours.path().join("root");
+        fs::create_dir(&root).unwrap();
+        for (name, content) in &files {
+            let path = root.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        transfer(&[root], theirs.path()).unwrap();
+        prop_assert_eq!(contents(ours.path()), contents(theirs.path()));
+    }
 }
