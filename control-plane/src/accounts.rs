@@ -8,3 +8,10 @@ pub fn user_name(uid: u32) -> Option<String> {
     let is_theirs = |line: &&str| line.split(':').nth(2).is_some_and(|field| field.parse() == Ok(uid));
     users.lines().find(is_theirs)?.split(':').next().map(str::to_owned)
 }
+
+/// A user's number by name.
+pub fn uid_of(user: &str) -> Option<u32> {
+    let users = fs::read_to_string("/etc/passwd").ok()?;
+    let line = users.lines().find(|line| line.split(':').next() == Some(user))?;
+    line.split(':').nth(2)?.parse().ok()
+}

@@ -209,6 +209,10 @@ impl AgentLink {
                     return Ok(());
                 }
                 GuestFrame::Failed { stream: 0, failed } => return Err(failure(step, &failed)),
+                // Nobody is it yet who could call: a prerun hook, or a program of the session.
+                GuestFrame::Call { stream, .. } if op != Op::Identify => {
+                    self.queue(&HostFrame::CallRefused { stream })?;
+                }
                 frame if others.len() < OTHERS_MAX && bytes <= OTHERS_BYTES_MAX => {
                     if let GuestFrame::Stdout { bytes: more, .. } | GuestFrame::Stderr { bytes: more, .. } =
                         &frame

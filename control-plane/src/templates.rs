@@ -8,6 +8,8 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::Flock;
+
 use crate::admin::settings::{Owner, Settings};
 use crate::clones;
 use crate::daemon;
@@ -231,15 +233,27 @@ pub fn add_disposable(
 
 /// Removes a disposable that has ended, if it is one that does not outlive its end. `Ok` also where it is not, or runs again.
 pub fn remove_ended(state: &State, name: &str) -> Result<()> {
-    let is_over = |qube: &Qube| matches!(&qube.class, Class::DispVM(disposable) if disposable.auto_cleanup);
-    if !Qube::load(state, name).is_ok_and(|qube| is_over(&qube)) {
+    if !ends_with_its_record(state, name) {
         return Ok(());
     }
     match qube::hold_running(state, name) {
-        Ok(_not_running) => take_away(state, name),
+        Ok(not_running) => remove_ending(state, name, &not_running),
         Err(error) if matches!(error.kind, Kind::Refused | Kind::Usage) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// The same, by whoever holds it ([`qube::hold_running`]), before it counts as halted: nobody sees it then.
+pub fn remove_ending(state: &State, name: &str, _held: &Flock<File>) -> Result<()> {
+    match ends_with_its_record(state, name) {
+        true => take_away(state, name),
+        false => Ok(()),
+    }
+}
+
+fn ends_with_its_record(state: &State, name: &str) -> bool {
+    let qube = Qube::load(state, name);
+    qube.is_ok_and(|qube| matches!(&qube.class, Class::DispVM(disposable) if disposable.auto_cleanup))
 }
 
 /// Removes a qube that nothing needs any more.

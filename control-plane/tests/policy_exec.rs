@@ -234,6 +234,28 @@ fn without_policy_d_the_files_of_r4_0_are_the_policy() {
     assert_eq!(call(["work", "dom0", "test.Args"]).0, 126);
 }
 
+/// Whoever the environment says we are.
+#[test]
+fn the_user_of_a_rule_is_who_runs_dom0s_service() {
+    let qubes = Setup::new();
+    qubes.script("rpc/test.Who", "id -un");
+    for folder in ["", "rpc"] {
+        fs::set_permissions(qubes.path(folder), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let who = |user: &str| {
+        fs::write(qubes.path("policy/10-user.policy"), format!("test.Who * work dom0 allow user={user}\n"))
+            .unwrap();
+        said(qubes.command(["work", "dom0", "test.Who"]).env("USER", user).output().unwrap())
+    };
+    let own = String::from_utf8(Command::new("id").arg("-un").output().unwrap().stdout).unwrap();
+    assert_eq!(who(own.trim()), (0, own.clone()));
+    let (status, name) = who("nobody");
+    match own.trim() {
+        "root" => assert_eq!((status, name.as_str()), (0, "nobody\n")),
+        _ => assert_eq!((status, name.as_str()), (126, "")),
+    }
+}
+
 #[test]
 fn a_service_that_is_a_link_is_followed() {
     let qubes = Setup::new();

@@ -19,7 +19,7 @@ const PROGRESS_BYTES: u64 = 1 << 20;
 pub struct Job<'a> {
     /// What to send.
     pub paths: &'a [PathBuf],
-    /// Whether they are removed once the target has them.
+    /// Whether they are removed once the target has them; not together with `ignores_links`.
     pub moves: bool,
     /// Whether symbolic links are left out.
     pub ignores_links: bool,
@@ -33,6 +33,11 @@ pub enum JobError {
     /// There is something that cannot be sent; nothing was.
     #[error(transparent)]
     Survey(#[from] WalkError),
+    /// What is not sent would be removed.
+    #[error(
+        "symbolic links that are left out would be removed with the rest; copy, then remove what has arrived"
+    )]
+    LinksLost,
     /// The program that calls cannot be run.
     #[error("cannot run {}: {cause}", program.display())]
     Start {
@@ -71,6 +76,9 @@ impl JobError {
 impl Job<'_> {
     /// Does it. `call` gives the command that has the service on its standard input and output.
     pub fn run(&self, call: impl FnOnce(&str) -> Command) -> Result<(), JobError> {
+        if self.moves && self.ignores_links {
+            return Err(JobError::LinksLost);
+        }
         let survey = survey(self.paths, self.ignores_links)?;
         let mut command = match survey.has_unsafe_names {
             false => call(SERVICE),

@@ -129,7 +129,7 @@ pub fn no_file_is_left(world: &World, before: &Before) -> Found {
     for qube in Qube::all(&world.state)? {
         let folder = Path::new("qubes").join(&qube.name);
         let mut expect = |names: &[String]| expected.extend(names.iter().map(|name| folder.join(name)));
-        expect(&["", "qube.toml", "record.lock", "start.lock"].map(String::from));
+        expect(&["", "qube.toml", "settings.toml", "record.lock", "start.lock"].map(String::from));
         match qube.class {
             Class::TemplateVM(template) => {
                 expect(&["root".to_owned()]);
@@ -148,7 +148,7 @@ pub fn no_file_is_left(world: &World, before: &Before) -> Found {
                     roots.push(pin.root_hash);
                 }
             }
-            Class::DispVM(_) => expect(&["settings.toml".to_owned()]),
+            Class::DispVM(_) => {}
         }
     }
     let mut found = Vec::new();

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use admin_api::client::{call_within, events};
 use admin_api::{ApiError, Event, Request};
+use control_plane::admin::settings::{Owner, Settings};
 use control_plane::calls;
 use control_plane::clones::{self, CloneRecord};
 use control_plane::daemon::channel::Channel;
@@ -203,7 +204,8 @@ fn l1_l3_a_disposable_of_the_api_has_a_clones_name_and_goes_when_it_ends() {
         let list = served.ok("admin.vm.List", "dom0", "", "");
         assert_eq!(list.lines().filter(|line| line.starts_with("disp")).count(), 1, "{list}");
         served.ok(end.0, &name, end.1, "");
-        wait_for("its record goes", || !served.state().qube(&name).exists());
+        // Nobody sees it halted.
+        assert!(!served.state().qube(&name).exists());
         assert!(served.refused("admin.vm.Kill", &name).starts_with("QubesVMNotFoundError"));
     }
     served.all_is_quiet();
@@ -405,6 +407,66 @@ fn who_gives_others_network_shuts_down_only_by_force() {
     served.all_is_quiet();
 }
 
+#[test]
+fn a_daemon_that_is_stopped_is_not_waited_for() {
+    let served = Served::new();
+    served.named("sys-usb");
+    let daemon = Pid::from_raw(served.daemon.as_ref().unwrap().id() as i32);
+    kill(daemon, Signal::SIGSTOP).unwrap();
+    let begun = Instant::now();
+    // Beside this test there is no dispvmd to start instead.
+    let error = client::start(served.state(), "sys-usb").unwrap_err();
+    assert!(control_plane::output::error_text(&error).contains("No such file"), "{error:?}");
+    assert!(begun.elapsed() < LIMIT / 2);
+    kill(daemon, Signal::SIGCONT).unwrap();
+    wait_for("what it was asked for is done in the end", || served.power("sys-usb") == "Running");
+    served.ok("admin.vm.Kill", "sys-usb", "", "");
+    served.all_is_quiet();
+}
+
+/// Beside the sweep of every step (`tests/sweep.rs`, `new-disposable`): the daemon itself, killed while it makes one after the other.
+#[test]
+fn a_daemon_killed_while_it_makes_disposables_leaves_whole_ones_and_no_halves() {
+    let mut served = Served::new();
+    let mut made = 0;
+    for round in 0..12 {
+        let socket = served.socket();
+        let maker = std::thread::spawn(move || {
+            let number = |at: usize| format!("name=made-{round}-{at} label=red");
+            let make = |at: &usize| {
+                let request =
+                    Request::new("admin.vm.Create.DispVM", "dom0").argument(DVM).payload(number(*at));
+                call_within(&socket, &request, LIMIT).is_ok()
+            };
+            (0..).take_while(make).count()
+        });
+        std::thread::sleep(Duration::from_micros(3_000 + 700 * round));
+        served.end_daemon(Signal::SIGKILL);
+        made += maker.join().unwrap();
+        let (mut named, prefix) = (0, "made-");
+        for name in Qube::names(served.state()).unwrap().iter().filter(|name| name.starts_with(prefix)) {
+            if !served.state().qube(name).join("qube.toml").exists() {
+                continue;
+            }
+            named += 1;
+            let owner = Owner::Qube(name.clone());
+            let settings = Settings::load(served.state(), &owner).unwrap();
+            assert!(settings.uuid.is_some() && settings.tags.contains("created-by-dom0"), "{name}");
+        }
+        // The last one may have been made without its maker hearing of it.
+        assert!((made..=made + round as usize + 1).contains(&named), "{named} of {made}");
+        let _ = std::fs::remove_file(served.socket());
+        served.start_daemon();
+        let list = served.ok("admin.vm.List", "dom0", "", "");
+        assert_eq!(list.lines().filter(|line| line.starts_with(prefix)).count(), named);
+    }
+    assert!(made > 0, "it was always killed too soon");
+    control_plane::savefiles::collect(served.state()).unwrap();
+    let halves = |name: &String| !served.state().qube(name).join("qube.toml").exists();
+    assert!(!Qube::names(served.state()).unwrap().iter().any(halves));
+    served.all_is_quiet();
+}
+
 /// As `client::start` does where there is no daemon.
 #[test]
 fn a_runner_needs_no_daemon() {
@@ -420,8 +482,9 @@ fn a_runner_needs_no_daemon() {
         .spawn()
         .unwrap();
     drop(theirs);
-    let heard = ours.receive_within::<RunnerSays>(LIMIT).unwrap();
-    assert_eq!(heard.map(|(says, _)| says), Some(RunnerSays::Up));
+    for says in [RunnerSays::Starting, RunnerSays::Up] {
+        assert_eq!(ours.receive_within::<RunnerSays>(LIMIT).unwrap().map(|(heard, _)| heard), Some(says));
+    }
     // Whoever had it started may go.
     drop(ours);
     assert_eq!(served.run("sys-usb", &["echo", "on"]), "on\n");

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
 use nix::fcntl::{fcntl, FcntlArg, FdFlag};
@@ -18,6 +18,9 @@ use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network, Op, User};
 
 /// The name of the port that nothing but bytes go through.
 const BARE_PORT: &str = "bench.bare";
+
+/// Nothing moves for so long only when the guest has no such port.
+const PORT_LIMIT: Duration = Duration::from_secs(60);
 
 /// A launch without a launcher.
 #[derive(Parser)]
@@ -208,6 +211,9 @@ fn move_bytes(agent: &mut UnixStream, decoder: &mut Decoder, mut port: UnixStrea
     agent
         .write_all(&launch_words(root(format!("head -c {bytes} /dev/zero | cat > $port"))))
         .expect("the agent listens");
+    port.set_read_timeout(Some(PORT_LIMIT))
+        .and_then(|()| port.set_write_timeout(Some(PORT_LIMIT)))
+        .expect("limits");
     let mut piece = vec![0; 64 << 10];
     port.read_exact(&mut piece[..1]).expect("a byte");
     let start = Instant::now();

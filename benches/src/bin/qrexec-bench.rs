@@ -19,10 +19,13 @@ use benches::stats::{median, percentile};
 use benches::table::Row;
 use clap::{Parser, ValueEnum};
 use control_plane::calls::client;
+use control_plane::state::State;
 use qrexec::Exec;
 
 /// The command whose first byte is waited for.
 const COMMAND: [&str; 2] = ["echo", "x"];
+/// On a terminal qvm-run would filter and mark what it passes.
+const AS_IT_IS: [&str; 3] = ["--no-filter-escape-chars", "--no-color-output", "--no-color-stderr"];
 /// Qubes whose properties are asked for.
 const QUBES: usize = 200;
 /// A daemon listens within that.
@@ -123,7 +126,10 @@ fn launch(bench: &Bench, name: &str, subject: &Subject, launches: usize) -> Vec<
         plain.push(first_byte(&mut bench.ours(subject, &COMMAND)));
         daemon.await_spare();
         let mut tool = bench.command("qvm");
-        tool.args(["qvm-run", "-p", &format!("--dispvm={}", subject.dvm), "--"]).args(COMMAND);
+        tool.args(["qvm-run", "-p"])
+            .args(AS_IT_IS)
+            .args([&format!("--dispvm={}", subject.dvm), "--"])
+            .args(COMMAND);
         by_tool.push(first_byte(&mut tool));
     }
     let (plain, by_tool) = (median(&plain), median(&by_tool));
@@ -150,10 +156,13 @@ fn call(bench: &Bench, name: &str, subject: &Subject, calls: usize) -> Vec<Row> 
     client.args(["-d", &running.name, &format!("DEFAULT:{}", COMMAND.join(" "))]);
     let client = samples(few, || first_byte(&mut client));
     let socket = bench.state().root().join("api.sock");
-    let _daemon = Daemon::start(bench, subject, Some(&socket));
+    let daemon = Daemon::start(bench, subject, Some(&socket));
     await_socket(&socket);
+    daemon.await_spare(); // then it is at rest
     let mut tool = bench.command("qvm");
-    tool.args(["qvm-run", "-p", "--no-gui", &running.name, "--"])
+    tool.args(["qvm-run", "-p", "--no-gui"])
+        .args(AS_IT_IS)
+        .args([&running.name, "--"])
         .args(COMMAND)
         .env("DISPVM_API_SOCKET", &socket);
     let tool = samples(few, || first_byte(&mut tool));
@@ -228,20 +237,20 @@ fn into(bench: &Bench, subject: &Subject, bytes: u64) -> f64 {
 }
 
 /// A disposable that runs, and its name.
-struct Running<'a> {
-    bench: &'a Bench,
+struct Running {
+    state: State,
     name: String,
     launch: Child,
     stdin: Option<ChildStdin>,
 }
 
-impl<'a> Running<'a> {
-    fn start(bench: &'a Bench, subject: &Subject) -> Running<'a> {
+impl Running {
+    fn start(bench: &Bench, subject: &Subject) -> Running {
         let mut command = bench.ours(subject, &["sh", "-c", "cat /proc/sys/kernel/hostname; read go"]);
         let (launch, stdin, mut stdout) = spawn(&mut command);
         let mut name = String::new();
         stdout.read_line(&mut name).expect("its name");
-        Running { bench, name: name.trim().into(), launch, stdin: Some(stdin) }
+        Running { state: bench.state(), name: name.trim().into(), launch, stdin: Some(stdin) }
     }
 
     /// From the call to its first byte, in ms.
@@ -254,13 +263,13 @@ impl<'a> Running<'a> {
         let null = std::fs::File::open("/dev/null").expect("it is there");
         let start = Instant::now();
         let fds = [null.as_fd(), writer.as_fd(), null.as_fd()];
-        client::call(&self.bench.state(), &self.name, Exec::user(COMMAND), fds).expect("the call");
+        client::call(&self.state, &self.name, Exec::user(COMMAND), fds).expect("the call");
         drop(writer);
         read.join().expect("it read").duration_since(start).as_secs_f64() * 1e3
     }
 }
 
-impl Drop for Running<'_> {
+impl Drop for Running {
     fn drop(&mut self) {
         drop(self.stdin.take());
         let _ = self.launch.wait();

@@ -10,7 +10,7 @@ use qrexec::service::Target;
 
 use super::decide::Asked;
 use super::{programs, service, verdict};
-use crate::accounts::user_name;
+use crate::accounts::uid_of;
 use crate::clones;
 use crate::daemon::channel::Channel;
 use crate::daemon::client;
@@ -116,18 +116,14 @@ fn is_executable(path: &Path) -> bool {
 
 /// Only root can be somebody else.
 fn as_user(user: &str, program: &Path) -> Result<Command> {
-    let own = nix::unistd::geteuid();
-    let is_root = own.is_root();
-    // Not who USER says: after `su` that is still who we were, and it would run as root.
-    if user == DEFAULT_USER || user_name(own.as_raw()).is_some_and(|own| own == user) {
+    let uid = nix::unistd::geteuid();
+    if user == DEFAULT_USER || uid_of(user) == Some(uid.as_raw()) {
         return Ok(Command::new(program));
     }
-    if !is_root {
-        return Err(Error::new(
-            Kind::Refused,
-            format!("policy wants it run as {user}, which only root can do"),
-        )
-        .hint("run dispvmd as root, or leave user= out of the rule"));
+    if !uid.is_root() {
+        let why = format!("policy wants it run as {user}, which only root can do");
+        return Err(Error::new(Kind::Refused, why)
+            .hint("run what holds the qube as root, or leave user= out of the rule"));
     }
     let mut command = Command::new("runuser");
     command.args(["-u", user, "--"]).arg(program);

@@ -1,7 +1,7 @@
 //! The words at a call socket: one message each way.
 //!
-//! A caller's message is one byte, then for [`CALL`] and [`START`] an `Exec` frame of [`qrexec`] as the agent gets it, which has room for any bytes
-//! and no other form for the same; for [`CONTROL`] one byte that says which [`Control`]. A call has three descriptors with it: stdin,
+//! A caller's message is one byte, then for `CALL` and `START` an `Exec` frame of [`qrexec`] as the agent gets it, which has room for any bytes
+//! and no other form for the same; for `CONTROL` one byte that says which [`Control`]. A call has three descriptors with it: stdin,
 //! stdout, stderr.
 //! The answer is one [`Answer`] in JSON.
 

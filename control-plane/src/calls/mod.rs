@@ -3,10 +3,11 @@
 //! Who does what:
 //! - the **holder** of a guest ([`Exchange`]) has its agent's channel, and listens at the guest's *call socket*, ROOT/calls/NAME.sock. It carries the
 //!   streams of every call itself, in one loop;
-//! - a **caller** ([`client`]) says there in one message what is to run (`message`), and gives its stdin, stdout and stderr along.
+//! - a **caller** ([`client`]) says there in one message what is to run ([`message`]), and gives its stdin, stdout and stderr along.
 //!   From then on it has only to wait for the answer, how the command ended. If it hangs up, the command is ended;
 //! - what runs when a [`service`] is called, or a command line of qrexec's, is the same whoever calls;
-//! - of each command the holder has a [`command`](Command), whose streams ([`flow`]) go through descriptors ([`port`]) that never block it.
+//! - of each command the holder knows whose it is and how it ends (`command`); its streams (`flow`) go through descriptors that never
+//!   block the holder (`port`).
 //!
 //! And out of it ([`outgoing`]): for each call the holder starts `qrexec-policy-exec`, which asks the policy ([`decide`]), says what it has
 //! decided ([`verdict`]), and becomes what carries the call out ([`carry_out`]). So no text of a guest's is looked at in the holder but by the frame's
@@ -23,8 +24,6 @@
 //! [`CALLS_MAX`]: requests::CALLS_MAX
 //! [`GREETING_LIMIT`]: reception::GREETING_LIMIT
 //! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
-//! [`command`]: command::Command
-//! [`Command`]: command::Command
 
 pub mod carry_out;
 pub mod client;

@@ -125,10 +125,12 @@ pub enum LifelineSays {
     Gone,
 }
 
-/// What the runner of a qube says to whoever had it started, once.
+/// What the runner of a qube says to whoever had it started: that it is there, then how it went.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum RunnerSays {
+    /// It is at it.
+    Starting,
     /// The qube is up.
     Up,
     /// Another runner has it.

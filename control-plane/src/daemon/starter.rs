@@ -20,6 +20,8 @@ use crate::state::{self, State};
 
 /// A boot has its own limit; beside it a runner copies a volume, or has a hot image made.
 const START_LIMIT: Duration = Duration::from_secs(BOOT_LIMIT.as_secs() + 120);
+/// A runner says its first word within some milliseconds. A daemon that is stopped, or whose machine is out of breath, is not waited for.
+const WORD_LIMIT: Duration = Duration::from_secs(2);
 /// How often is looked whether a qube that somebody else starts is up.
 const UP_POLL: Duration = Duration::from_millis(20);
 /// A longer log is begun anew at the next start.
@@ -30,30 +32,43 @@ const LOG_BYTES_MAX: u64 = 1 << 20;
 pub fn start(state: &State, name: &str) -> Result<bool> {
     // It becomes the name of a folder.
     check_name(name)?;
-    let starter = ask_for(state, name).map_err(Error::failed("have the qube started"))?;
-    let heard = starter.receive_within::<RunnerSays>(START_LIMIT);
     let cannot = || Error::new(Kind::Failed, format!("cannot start {name}"));
-    match heard.map_err(|error| cannot().because(error))? {
-        Some((RunnerSays::Up, _)) => Ok(true),
-        Some((RunnerSays::RunsAlready, _)) => await_up(state, name).map(|()| false),
-        Some((RunnerSays::Failed { reason }, _)) => Err(cannot().because(reason)),
-        None => Err(cannot().because("its runner was ended before it was up")),
+    let begun = match by_the_daemon(state, name) {
+        Ok(begun) => Ok(begun),
+        // It may have started one all the same: the second finds that the first has the qube.
+        Err(error) => {
+            if !is_nobody(&error) {
+                tracing::warn!("dispvmd does not start {name}, doing it ourselves: {error}");
+            }
+            by_ourselves(state, name)
+        }
+    };
+    let (runner, mut says) = begun.map_err(|error| cannot().because(error))?;
+    while says == RunnerSays::Starting {
+        let heard = runner.receive_within::<RunnerSays>(START_LIMIT);
+        let ended = || cannot().because("its runner was ended before it was up");
+        (says, _) = heard.map_err(|error| cannot().because(error))?.ok_or_else(ended)?;
+    }
+    match says {
+        RunnerSays::RunsAlready => await_up(state, name).map(|()| false),
+        RunnerSays::Failed { reason } => Err(cannot().because(reason)),
+        RunnerSays::Up | RunnerSays::Starting => Ok(true),
     }
 }
 
-/// The channel on which its runner will say how it went.
-fn ask_for(state: &State, name: &str) -> io::Result<Channel> {
-    let asked = Channel::connect(&state.daemon_socket())
-        .and_then(|daemon| daemon.send(&Hello::Start { qube: name.to_owned() }, &[]).map(|()| daemon));
-    match asked {
-        Err(error) if is_nobody(&error) => {
-            let (ours, theirs) = Channel::pair()?;
-            let program = std::env::current_exe()?.with_file_name("dispvmd");
-            spawn(Command::new(program), state, name, theirs.as_fd())?;
-            Ok(ours)
-        }
-        asked => asked,
-    }
+/// The channel to its runner, and the first word on it. An error where the daemon is not there, is stopped, or knows of no such thing.
+fn by_the_daemon(state: &State, name: &str) -> io::Result<(Channel, RunnerSays)> {
+    let daemon = Channel::connect(&state.daemon_socket())?;
+    daemon.send(&Hello::Start { qube: name.to_owned() }, &[])?;
+    let (says, _) = daemon.receive_within(WORD_LIMIT)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok((daemon, says))
+}
+
+fn by_ourselves(state: &State, name: &str) -> io::Result<(Channel, RunnerSays)> {
+    let (ours, theirs) = Channel::pair()?;
+    let program = std::env::current_exe()?.with_file_name("dispvmd");
+    spawn(Command::new(program), state, name, theirs.as_fd())?;
+    Ok((ours, RunnerSays::Starting))
 }
 
 /// Waits while somebody else is starting it.

@@ -73,13 +73,15 @@ impl From<Error> for Failure {
     }
 }
 
-/// Runs the qube `name` to its end. Our standard input is the channel to whoever had us started, and hears [`RunnerSays`] once.
+/// Runs the qube `name` to its end. Our standard input is the channel to whoever had us started, and hears [`RunnerSays`].
 /// With `rebuild`, savefiles that do not serve, or serve no more, are built anew.
 pub fn run(state: &State, machine: &dyn Machine, name: &str, rebuild: bool) -> Result<()> {
     // Whose session we were in may end. Refused to who leads one, which is as good.
     let _ = nix::unistd::setsid();
     machine::forbid_core_dump()?;
     let starter = starter().map_err(Error::failed("take our standard input"))?;
+    // That nobody waits for our word any more is no reason for anything.
+    let _ = starter.send(&RunnerSays::Starting, &[]);
     match begin(state, machine, name, rebuild) {
         Ok(held) => {
             tell(starter, &RunnerSays::Up);
@@ -100,7 +102,7 @@ pub fn run(state: &State, machine: &dyn Machine, name: &str, rebuild: bool) -> R
     }
 }
 
-/// That nobody waits for our word any more is no reason for anything.
+/// Says how it went, and is done with the starter.
 fn tell(starter: Channel, says: &RunnerSays) {
     if let Err(error) = starter.send(says, &[]) {
         tracing::debug!("who had the qube started has gone: {error}");
@@ -208,6 +210,7 @@ fn hold(state: &State, name: &str, held: Held, rebuild: bool) -> Result<()> {
         }
         (None, _) => None,
     };
+    templates::remove_ending(state, name, &lock)?;
     drop((lease, lock));
     if next.is_some() {
         savefiles::collect(state)?;
