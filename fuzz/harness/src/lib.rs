@@ -9,6 +9,7 @@
 //! ordinary toolchain (`tests/replay.rs`). README.md in the folder above says how to run either, and how to add a target.
 
 pub mod admin;
+pub mod calls;
 pub mod filecopy;
 mod files;
 pub mod policies;
@@ -60,6 +61,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "policy_file", run: policies::file },
     Target { name: "admin_request", run: admin::request },
     Target { name: "filecopy", run: filecopy::transfer },
+    Target { name: "call_socket", run: calls::call_socket },
+    Target { name: "agent_call", run: calls::agent_call },
+    Target { name: "call_line", run: calls::call_line },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.

@@ -405,3 +405,32 @@ fn write_transfers() {
         [folder("a"), entry("a/l", 0o120777, "../x"), entry("a/../x", 0o100644, "x"), end].concat(),
     );
 }
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_calls() {
+    use control_plane::calls::message::{Answer, Control, Message};
+
+    let exec = Exec { env: vec![(b"A".to_vec(), b"b".to_vec())], ..Exec::user(["sh", "-c", "exit 7"]) };
+    keep("call_socket", "call", Message::Call(Box::new(exec.clone())).encode().unwrap());
+    keep("call_socket", "start", Message::Start(Box::new(exec)).encode().unwrap());
+    keep("call_socket", "pause", Message::Control(Control::Pause).encode().unwrap());
+    for (name, answer) in [
+        ("exited", Answer::Exited(Exit::Code(7))),
+        ("refused", Answer::Refused { reason: "it is paused".into() }),
+        ("status", Answer::Status(Default::default())),
+    ] {
+        keep("call_socket", name, serde_json::to_vec(&answer).unwrap());
+    }
+    keep(
+        "agent_call",
+        "call",
+        Call::parse(b"@dispvm:debian-dvm", b"qubes.StartApp+firefox").unwrap().encode(),
+    );
+    keep("agent_call", "nobody", b"\0qubes.Filecopy\0");
+    keep("agent_call", "exited", [3, 7]);
+    keep("agent_call", "problem", b"\x04the host is gone");
+    keep("call_line", "rpc", "DEFAULT:nogui:QUBESRPC qubes.StartApp+firefox work name vault");
+    keep("call_line", "keyword", "root:QUBESRPC qubes.VMShell dom0 keyword dispvm:debian-dvm");
+    keep("call_line", "shell", "user:nogui:id -u; exit");
+}

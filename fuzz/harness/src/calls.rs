@@ -1,0 +1,87 @@
+//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what programs in a guest and its agent say to
+//! each other, and the command lines of `qrexec-client`.
+
+use std::os::fd::OwnedFd;
+
+use control_plane::calls::message::{Answer, Message};
+use control_plane::calls::service;
+use guest_agent::calls::message::{self, Answer as AgentsAnswer};
+use qrexec::service::{Command, CommandLine};
+use qrexec::{Call, Exec, HostFrame, PAYLOAD_BYTES_MAX};
+use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
+
+/// The bytes as a caller's message to a holder, and as a holder's answer.
+pub fn call_socket(data: &[u8]) {
+    if let Ok(message) = Message::parse(data) {
+        let again = message.encode().expect("what was parsed can be said again");
+        assert_eq!(Message::parse(&again), Ok(message));
+    }
+    if let Ok(answer) = serde_json::from_slice::<Answer>(data) {
+        let again = serde_json::to_vec(&answer).expect("an answer is JSON");
+        assert_eq!(serde_json::from_slice::<Answer>(&again).expect("it comes back"), answer);
+    }
+}
+
+/// The bytes as what a program in a guest says to its agent, and as what it is answered, over a real socket of theirs.
+pub fn agent_call(data: &[u8]) {
+    let (ours, theirs) = pair();
+    let fits = !data.is_empty() && net::send(&ours, data, SendFlags::NOSIGNAL).is_ok();
+    if !fits {
+        return;
+    }
+    let said = message::hear(&theirs).expect("it is there").expect("it is there");
+    assert_eq!(said, data.get(..PAYLOAD_BYTES_MAX).unwrap_or(data));
+    if let Ok(call) = Call::decode(&said) {
+        assert_eq!(call.encode().len(), said.len() + tolerated(&said), "one form for a call");
+        assert_eq!(Call::decode(&call.encode()), Ok(call));
+    }
+    net::send(&ours, data, SendFlags::NOSIGNAL).expect("there is room");
+    if let Ok(Some((answer, fds))) = AgentsAnswer::receive(&theirs) {
+        assert!(fds.is_empty());
+        answer.send(&ours, &[]).expect("there is room");
+        let (again, _) = AgentsAnswer::receive(&theirs).expect("it is one").expect("it is there");
+        let is_cut = |answer: &AgentsAnswer| matches!(answer, AgentsAnswer::Problem(_));
+        assert!(again == answer || is_cut(&again) && is_cut(&answer));
+    }
+}
+
+/// How much longer a call is when it is said again: no target is `@default`.
+fn tolerated(said: &[u8]) -> usize {
+    if said.starts_with(b"\0") {
+        "@default".len()
+    } else {
+        0
+    }
+}
+
+fn pair() -> (OwnedFd, OwnedFd) {
+    let flags = SocketFlags::CLOEXEC;
+    net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("a pair of sockets")
+}
+
+/// The bytes as a command line of `qrexec-client`'s, and what it has run in a guest.
+pub fn call_line(data: &[u8]) {
+    let Ok(line) = CommandLine::parse(data) else { return };
+    assert_eq!(CommandLine::parse(&line.to_bytes()), Ok(line.clone()));
+    let Ok(exec) = service::line(&line) else { return };
+    let program = exec.argv.first().expect("something is run");
+    match &line.command {
+        Command::Rpc { service, .. } => {
+            let file = program.strip_prefix(b"/etc/qubes-rpc/").expect("a service is run");
+            assert_eq!(file, service.name().as_bytes());
+            assert!(!file.contains(&b'/') && !file.starts_with(b".") && exec.argv.len() <= 2);
+        }
+        Command::Shell(_) => assert_eq!(program, b"/bin/sh"),
+    }
+    can_be_sent(exec);
+}
+
+/// Only what is too long cannot.
+fn can_be_sent(exec: Exec) {
+    let words = exec.argv.iter().map(|word| word.len() + 1);
+    let variables = exec.env.iter().map(|(name, value)| name.len() + value.len() + 2);
+    let bytes: usize = words.chain(variables).sum();
+    let mut out = Vec::new();
+    let sent = HostFrame::Exec { stream: 1, exec: Box::new(exec) }.encode(&mut out);
+    assert!(sent.is_ok() || bytes > PAYLOAD_BYTES_MAX - 64, "{bytes} bytes");
+}
