@@ -344,14 +344,18 @@ impl CallOut {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        self.calls.values().for_each(|call| call.signal(Signal::SIGTERM));
-        let deadline = Instant::now() + LAST_LIMIT;
-        for call in self.calls.values_mut() {
-            while call.exit.is_none() && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(2));
-                call.look();
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            self.calls.values().for_each(|call| call.signal(signal));
+            let deadline = Instant::now() + LAST_LIMIT;
+            for call in self.calls.values_mut() {
+                while call.exit.is_none() && Instant::now() < deadline {
+                    std::thread::sleep(Duration::from_millis(2));
+                    call.look();
+                }
             }
-            call.signal(Signal::SIGKILL);
+        }
+        // One that has become another user, or waits for a disk, is not ours to end: nor is its guest's end to wait for it.
+        for call in self.calls.values_mut().filter(|call| call.exit.is_some()) {
             let _ = call.child.wait();
         }
     }
