@@ -250,10 +250,9 @@ pub fn sweep(state: &State) -> Result<()> {
         if let Ok(Some(lock)) = lock_existing(&path, FlockArg::LockExclusiveNonblock) {
             let record =
                 fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<CloneRecord>(&bytes).ok());
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-            let socket = record.as_ref().and_then(|record| record.qube.clone()).or(name).unwrap_or_default();
-            if qube::check_name(&socket).is_ok() {
-                let _ = fs::remove_file(state.call_socket(&socket));
+            match record.as_ref().and_then(|record| record.qube.as_ref()) {
+                Some(qube) => remove_socket_of(state, qube),
+                None => drop(number.map(|number| fs::remove_file(state.call_socket(&number.to_string())))),
             }
             if let (Some(number), Some(record)) = (number, &record) {
                 settings::forget(state, &number.to_string(), record.started)?;
@@ -272,6 +271,14 @@ pub fn sweep(state: &State) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Removes the call socket of a qube whose runner was killed, unless it runs again by now: then it is another's.
+fn remove_socket_of(state: &State, qube: &str) {
+    let runs = || state::is_locked(&state.qube(qube).join("start.lock")).unwrap_or(false);
+    if qube::check_name(qube).is_ok() && !runs() {
+        let _ = fs::remove_file(state.call_socket(qube));
+    }
 }
 
 /// The number in a clone's name, if it is one.
@@ -327,5 +334,30 @@ mod tests {
         assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 1);
         drop(lease);
         assert_eq!(fs::read_dir(state.clones()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_socket_of_a_qube_that_runs_again_is_left_when_its_dead_runners_record_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        qube::tests::dvm("work").save(&state).unwrap();
+        let socket = state.call_socket("work");
+        let die = || {
+            let template = ("debian-12".to_owned(), 1);
+            let (dvm, keeping, qube) = ("work", Keeping::Runner, Some("work"));
+            let claim = Claim { dvm, root_hash: "", template, keeping, label: None, qube };
+            let lease = Lease::claim(&state, claim).unwrap();
+            fs::copy(&lease.path, state.clones().join("disp5")).unwrap();
+            drop(lease);
+            fs::write(&socket, "").unwrap();
+        };
+        die();
+        let running = qube::hold_running(&state, "work").unwrap();
+        sweep(&state).unwrap();
+        assert!(socket.exists() && !state.clones().join("disp5").exists());
+        drop(running);
+        die();
+        sweep(&state).unwrap();
+        assert!(!socket.exists());
     }
 }

@@ -4,8 +4,9 @@
 //! [`names`] and [`clones`] (who lives), [`inputs`] (what makes a savefile stale), [`agent_link`] and [`session`] (talking to a guest),
 //! [`calls`] (qrexec calls into it and out of it), [`savefiles`] (build, list, verify, rm, gc), [`make`] (a clone, restored or booted),
 //! [`launcher`] (a launch from request to exit status), [`daemon`] (spares and who keeps them), [`admin`] (Qubes' Admin API), [`cli`]
-//! (what the binaries share), [`error`].
+//! (what the binaries share), [`accounts`] (the machine's users), [`error`].
 
+pub mod accounts;
 pub mod admin;
 pub mod agent_link;
 pub mod calls;

@@ -4,6 +4,7 @@
 //! is safe as a file name; unknown keys are refused, so that a typing mistake does not go unnoticed.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use nix::fcntl::Flock;
@@ -234,11 +235,24 @@ pub fn update_dvm(state: &State, name: &str, change: impl FnOnce(&mut Dvm)) -> R
 
 /// Takes the lock that is held while a qube runs itself; refused while it does. Its folder must be there.
 pub fn hold_running(state: &State, name: &str) -> Result<Flock<File>> {
-    state::try_lock_patiently(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
+    let lock = state::try_lock_patiently(&state.qube(name).join("start.lock"))?.ok_or_else(|| {
         Error::new(Kind::Refused, format!("{name} is running")).hint(format!(
             "`qvm-shutdown --wait {name}`, or wait until its `dispvm-qube start {name}` has ended"
         ))
-    })
+    })?;
+    still_its_own(state, name, &lock)?;
+    Ok(lock)
+}
+
+/// Whoever removes a qube has this lock, and takes its file away: who had opened it before has got the lock of a qube that is gone, and of
+/// one made since under the same name it holds nothing.
+fn still_its_own(state: &State, name: &str, lock: &File) -> Result<()> {
+    let path = state.qube(name).join("start.lock");
+    let ours = lock.metadata().map_err(Error::io("look at", &path))?;
+    match fs::metadata(&path).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+        true => Ok(()),
+        false => Err(Error::new(Kind::Usage, format!("{name} was removed meanwhile"))),
+    }
 }
 
 /// The DVM template to use when none is named: the default_dispvm that was set, or the only one there is.
@@ -310,6 +324,20 @@ pub(crate) mod tests {
                 savefile: None,
             }),
         }
+    }
+
+    #[test]
+    fn the_lock_of_a_qube_that_was_removed_is_not_that_of_one_made_since() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        dvm("d").save(&state).unwrap();
+        let before = hold_running(&state, "d").unwrap();
+        still_its_own(&state, "d", &before).unwrap();
+        fs::rename(state.qube("d"), folder.path().join("removed")).unwrap();
+        assert_eq!(still_its_own(&state, "d", &before).unwrap_err().kind, Kind::Usage);
+        dvm("d").save(&state).unwrap();
+        let _now = hold_running(&state, "d").unwrap();
+        assert_eq!(still_its_own(&state, "d", &before).unwrap_err().kind, Kind::Usage);
     }
 
     #[test]

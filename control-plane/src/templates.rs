@@ -236,9 +236,10 @@ pub fn remove_ended(state: &State, name: &str) -> Result<()> {
     if !ends_with_its_record(state, name) {
         return Ok(());
     }
-    match state::try_lock_patiently(&state.qube(name).join("start.lock"))? {
-        Some(not_running) => remove_ending(state, name, &not_running),
-        None => Ok(()),
+    match qube::hold_running(state, name) {
+        Ok(not_running) => remove_ending(state, name, &not_running),
+        Err(error) if matches!(error.kind, Kind::Refused | Kind::Usage) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 

@@ -2,9 +2,10 @@
 
 mod common;
 
-use std::io::{pipe, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, pipe, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{channel, Receiver};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use common::{Guest, LIMIT, NAME};
@@ -14,7 +15,7 @@ use control_plane::calls::requests::CALLS_MAX;
 use control_plane::daemon::channel::Channel;
 use control_plane::error::{Kind, Result};
 use control_plane::session::{Ending, SessionError};
-use qrexec::{Exec, Exit, GuestFrame, HostFrame, INITIAL_WINDOW};
+use qrexec::{Exec, Exit, Failed, GuestFrame, HostFrame, Op, INITIAL_WINDOW};
 
 /// One who calls, on a thread of its own.
 struct Caller {
@@ -209,4 +210,36 @@ fn a_guest_is_shut_down_paused_and_asked_by_its_socket() {
     assert!(error.to_string().contains("does not run") && error.hint_text().is_some(), "{error}");
     assert!(!state.call_socket(NAME).exists());
     assert_eq!(client::status(&state, "../x").unwrap_err().kind, Kind::Usage);
+}
+
+/// What is logged in this process.
+static LOG: Mutex<Vec<u8>> = Mutex::new(Vec::new());
+
+struct Logged;
+
+impl io::Write for Logged {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        LOG.lock().unwrap().extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_guest_that_says_again_and_again_that_it_does_not_shut_down_does_not_fill_the_log() {
+    tracing_subscriber::fmt().with_writer(|| Logged).init();
+    let mut guest = Guest::start(true);
+    client::control(&guest.state, NAME, Control::Shutdown).unwrap();
+    let failed =
+        Failed { op: Some(Op::Shutdown), step: "power off".into(), errno: 1, message: "never".into() };
+    for _ in 0..1000 {
+        guest.agent.say(&GuestFrame::Failed { stream: 0, failed: failed.clone() });
+    }
+    client::control(&guest.state, NAME, Control::Pause).unwrap();
+    guest.end().unwrap();
+    let log = String::from_utf8(LOG.lock().unwrap().clone()).unwrap();
+    assert_eq!(log.matches("does not shut down").count(), 1);
 }

@@ -33,6 +33,10 @@ fn setup() -> &'static PathBuf {
             ("test.Slow", "echo $$ >> \"$(dirname \"$0\")/pids\"; sleep 60 & wait"),
             ("test.Deaf", "exec <&-; sleep 60"),
             ("test.Idle", "sleep 60"),
+            (
+                "test.Stubborn",
+                "sh -c 'trap \"\" TERM; echo $$ > \"$0\"; sleep 60' \"$(dirname \"$0\")/stubborn\" & wait",
+            ),
             ("test.Much", "head -c 1000000 /dev/zero"),
         ] {
             let path = folder.join("rpc").join(name);
@@ -160,6 +164,28 @@ fn a_caller_that_hangs_up_ends_the_service_and_its_processes() {
     guest.agent.say(&GuestFrame::CallHangup { stream });
     assert_eq!(guest.outcome(stream).2, Exit::Signal(15));
     assert!(start.elapsed() < LIMIT / 4, "{:?}", start.elapsed());
+    guest.end().unwrap();
+}
+
+#[test]
+fn processes_that_do_not_heed_sigterm_do_not_outlive_the_call_either() {
+    let mut guest = guest();
+    let stream = guest.calls(1, "dom0", "test.Stubborn");
+    assert_eq!(guest.agent.hear(), HostFrame::CallAccepted { stream });
+    let path = setup().join("rpc/stubborn");
+    let deadline = Instant::now() + LIMIT;
+    let until = |is_so: &dyn Fn() -> bool| {
+        while !is_so() && Instant::now() < deadline {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+    };
+    let pid = || fs::read_to_string(&path).unwrap_or_default().trim().to_owned();
+    until(&|| !pid().is_empty());
+    assert!(is_alive(&pid()));
+    guest.agent.say(&GuestFrame::CallHangup { stream });
+    assert_eq!(guest.outcome(stream).2, Exit::Signal(15));
+    until(&|| !is_alive(&pid()));
+    assert!(!is_alive(&pid()));
     guest.end().unwrap();
 }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use common::{program, qubes};
+use control_plane::calls::carry_out::CLONES_MAX;
 use control_plane::clones::{Keeping, Lease};
 use control_plane::daemon::channel::Listener;
 use control_plane::state::State;
@@ -54,6 +55,7 @@ impl Setup {
         made.script("rpc/test.Args", "echo plain \"$@\"");
         made.script("rpc/test.Args+special", "echo special \"$@\"");
         made.script("rpc/qubes.GetDate", "echo today");
+        made.script("rpc/test.User", "echo ran");
         fs::write(made.path("rpc/test.Gone"), "not executable").unwrap();
         made
     }
@@ -131,6 +133,15 @@ fn what_policy_does_not_allow_is_refused() {
 }
 
 #[test]
+fn a_service_never_runs_as_us_because_the_environment_has_the_users_name() {
+    let qubes = Setup::new();
+    let mut command = qubes.command(["work", "dom0", "test.User"]);
+    let output = command.env("USER", "nobody-there").output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
+    assert!(!output.status.success());
+}
+
+#[test]
 fn a_bad_file_refuses_all_and_is_named_with_its_line() {
     let qubes = Setup::new();
     fs::write(qubes.path("policy/60-bad.policy"), "\n* * work dom0 maybe\n").unwrap();
@@ -174,6 +185,20 @@ fn t4_t5_t6_t7_dispvm_is_the_callers_own_default_then_the_systems() {
     assert_eq!(qubes.call(["work", "@dispvm:whonix-ws-dvm", "qubes.VMShell"]).0, 126);
     drop(lease);
     assert_eq!(qubes.call([&name, "@dispvm", "qubes.VMShell"]).0, 126);
+}
+
+#[test]
+fn disposables_that_call_for_disposables_come_to_an_end() {
+    let qubes = Setup::new();
+    let take = || {
+        let template = ("debian-12".to_owned(), 1);
+        Lease::take(&qubes.state, "debian-dvm", "x", template, Keeping::Launcher, None).unwrap()
+    };
+    let mut living: Vec<Lease> = (0..CLONES_MAX).map(|_| take()).collect();
+    let last = living[CLONES_MAX - 1].number().to_string();
+    assert_eq!(qubes.call([&last, "@dispvm", "qubes.VMShell"]), (126, String::new()));
+    drop(living.remove(0));
+    assert_eq!(qubes.call([&last, "@dispvm", "qubes.VMShell"]).0, 0);
 }
 
 #[test]

@@ -53,8 +53,8 @@ fn send(options: &Options, moves: bool) -> Outcome {
     start(&api, qube)?;
     let shows_progress = !options.without_progress && io::stderr().is_terminal();
     let job = Job { paths: &options.files, moves, ignores_links: options.ignore_symlinks, shows_progress };
-    let no_flags: [&str; 0] = [];
-    job.run(|name| service(qube, &no_flags, DEFAULT_USER, name)).map(|()| 0).map_err(failure)
+    // What the qube complains of goes to our terminal, and it may be hostile.
+    job.run(|name| service(qube, &["-T"], DEFAULT_USER, name)).map(|()| 0).map_err(failure)
 }
 
 fn failure(error: JobError) -> Failure {

@@ -192,9 +192,10 @@ fn end(context: &Context, clone: &CloneRecord) -> Answer<()> {
 
 /// Waits until a clone has gone; whether it has.
 fn await_end(context: &Context, clone: &CloneRecord, limit: Duration) -> Answer<bool> {
-    let deadline = Instant::now() + limit;
+    // A limit beyond what clocks count is none.
+    let deadline = Instant::now().checked_add(limit);
     while is_alive(context, clone)? {
-        if Instant::now() >= deadline {
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
             return Ok(false);
         }
         std::thread::sleep(END_POLL);
@@ -208,4 +209,23 @@ fn is_alive(context: &Context, clone: &CloneRecord) -> Answer<bool> {
         (&other.name, other.started, other.pid) == (&clone.name, clone.started, clone.pid)
     };
     Ok(clones::list(&context.state)?.iter().any(is_it))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clones::{Keeping, Lease};
+    use crate::state::State;
+
+    #[test]
+    fn a_shutdown_timeout_of_any_number_of_seconds_is_a_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let context = Context::new(State::open(folder.path()).unwrap());
+        let template = ("debian-12".to_owned(), 1);
+        let lease = Lease::take(&context.state, "d", "", template, Keeping::Launcher, None).unwrap();
+        let clone = clones::list(&context.state).unwrap().remove(0);
+        assert!(!await_end(&context, &clone, Duration::ZERO).unwrap());
+        drop(lease);
+        assert!(await_end(&context, &clone, Duration::from_secs(u64::MAX)).unwrap());
+    }
 }

@@ -24,6 +24,7 @@ use super::answer::Refusal;
 use super::lobby::{Lobby, Places};
 use super::world::Context;
 use super::{api, events};
+use crate::accounts::user_name;
 use crate::clones;
 use crate::error::{Error, Kind, Result};
 use crate::qube::Qube;
@@ -136,20 +137,13 @@ fn is_socket(there: &fs::Metadata) -> bool {
     std::os::unix::fs::FileTypeExt::is_socket(&there.file_type())
 }
 
-/// The group's number and its members, as /etc/group has them. The C library is not asked: in a static binary its way to name
-/// services is not there.
+/// The group's number and its members, as /etc/group has them.
 fn group() -> Option<(Gid, Vec<String>)> {
     let groups = fs::read_to_string("/etc/group").ok()?;
     let mut fields = groups.lines().find(|line| line.split(':').next() == Some(GROUP))?.split(':').skip(2);
     let gid = fields.next()?.parse().ok()?;
     let members = fields.next().unwrap_or_default();
     Some((Gid::from_raw(gid), members.split(',').map(str::to_owned).collect()))
-}
-
-fn user_name(uid: u32) -> Option<String> {
-    let users = fs::read_to_string("/etc/passwd").ok()?;
-    let is_theirs = |line: &&str| line.split(':').nth(2).is_some_and(|field| field.parse() == Ok(uid));
-    users.lines().find(is_theirs)?.split(':').next().map(str::to_owned)
 }
 
 struct Server {

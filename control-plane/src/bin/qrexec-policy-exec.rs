@@ -53,7 +53,9 @@ fn main() -> ExitCode {
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
     match prepare(&options) {
         Ok((text, Some(mut command))) => {
-            tell(&mut teller, true, &text);
+            if !tell(&mut teller, true, &text) {
+                return ExitCode::from(EXIT_PROBLEM);
+            }
             let error = command.exec();
             system_log::say(NAME, &format!("{text}, but cannot be run: {error}"));
             ExitCode::from(EXIT_PROBLEM)
@@ -84,9 +86,9 @@ fn prepare(options: &Options) -> Result<(String, Option<Command>)> {
     Ok((text, command))
 }
 
-/// Tells the holder and the system's log.
-fn tell(teller: &mut Teller, accepted: bool, text: &str) {
-    // One line, whatever an error's text has.
-    teller.tell(accepted, &text.replace(['\n', '\r'], " "));
+/// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out.
+fn tell(teller: &mut Teller, accepted: bool, text: &str) -> bool {
     system_log::say(NAME, text);
+    // One line, whatever an error's text has.
+    teller.tell(accepted, &text.replace(['\n', '\r'], " "))
 }

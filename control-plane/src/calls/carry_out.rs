@@ -10,6 +10,8 @@ use qrexec::service::Target;
 
 use super::decide::Asked;
 use super::{programs, service, verdict};
+use crate::accounts::uid_of;
+use crate::clones;
 use crate::daemon::channel::Channel;
 use crate::daemon::client;
 use crate::error::{Error, Kind, Result};
@@ -17,6 +19,9 @@ use crate::state::State;
 
 /// Where dom0's services are.
 const SERVICE_DIRS: [&str; 2] = ["/usr/local/etc/qubes-rpc", "/etc/qubes-rpc"];
+/// Clones that live at a time, beyond which no call makes another: each new disposable could call for the next, and whether there is memory
+/// is asked of each by itself.
+pub const CLONES_MAX: usize = 64;
 /// Who stands for the target's own user.
 const DEFAULT_USER: &str = "DEFAULT";
 
@@ -44,6 +49,7 @@ fn choose(state: &State, asked: &Asked, allow: &Allow) -> Result<Option<Command>
         }
         Destination::DispVmOf(dvm) => {
             service::user(user)?;
+            check_room(state)?;
             let mut launch = programs::command("dispvm-launch", state);
             launch.args(["--quiet", "--dvm", dvm, "--source", source, "--user", user]);
             launch.args(["--service", &asked.service.to_string()]);
@@ -58,6 +64,14 @@ fn have_running(state: &State, name: &str) -> Result<()> {
         return Ok(());
     }
     client::start(state, name).map(drop)
+}
+
+fn check_room(state: &State) -> Result<()> {
+    match clones::list(state)?.len() {
+        ..CLONES_MAX => Ok(()),
+        living => Err(Error::new(Kind::Refused, format!("{living} disposables and qubes run already"))
+            .hint("`qvm-ls` shows them, `qvm-kill NAME` ends one")),
+    }
 }
 
 /// The executable SERVICE+ARG or SERVICE of the first folder that has one.
@@ -114,11 +128,4 @@ fn as_user(user: &str, program: &Path) -> Result<Command> {
     let mut command = Command::new("runuser");
     command.args(["-u", user, "--"]).arg(program);
     Ok(command)
-}
-
-/// The user's number, as /etc/passwd has it. The C library is not asked: in a static binary its way to name services is not there.
-fn uid_of(user: &str) -> Option<u32> {
-    let users = fs::read_to_string("/etc/passwd").ok()?;
-    let line = users.lines().find(|line| line.split(':').next() == Some(user))?;
-    line.split(':').nth(2)?.parse().ok()
 }

@@ -229,8 +229,10 @@ impl Hub {
                 timeline.mark("thawed");
             }
             GuestFrame::Failed { failed, .. } if failed.op == Some(Op::Shutdown) => {
-                self.shutting_down = false;
-                tracing::warn!("the guest does not shut down: {}", failed_text(failed));
+                // Told once for each time that it was asked, lest a guest fill the log.
+                if std::mem::take(&mut self.shutting_down) {
+                    tracing::warn!("the guest does not shut down: {}", failed_text(failed));
+                }
             }
             GuestFrame::Failed { failed, .. } => return Err(SessionError::NotStarted(failed_text(failed))),
             _ => {}

@@ -52,6 +52,7 @@ pub(super) struct Outgoing {
     /// Who calls. A guest without a name makes no calls.
     caller: Option<(State, String)>,
     calls: BTreeMap<u32, CallOut>,
+    refusals: verdict::Refusals,
 }
 
 /// One of them.
@@ -71,12 +72,16 @@ struct CallOut {
 
 impl Outgoing {
     pub(super) fn of(state: &State, name: &str) -> Outgoing {
-        Outgoing { caller: Some((state.clone(), name.to_owned())), calls: BTreeMap::new() }
+        Outgoing {
+            caller: Some((state.clone(), name.to_owned())),
+            calls: BTreeMap::new(),
+            refusals: verdict::Refusals::none(),
+        }
     }
 
     /// Refuses every call.
     pub(super) fn refused() -> Outgoing {
-        Outgoing { caller: None, calls: BTreeMap::new() }
+        Outgoing { caller: None, calls: BTreeMap::new(), refusals: verdict::Refusals::none() }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -127,7 +132,7 @@ impl Outgoing {
         }
         let started = match &self.caller {
             Some((state, name)) if self.calls.len() < CALLS_OUT_MAX => CallOut::start(state, name, call)
-                .map_err(|error| tracing::warn!("cannot start a call of {name}: {error}"))
+                .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
                 .ok(),
             _ => None,
         };
@@ -171,7 +176,7 @@ impl Outgoing {
     ) -> Result<(), SessionError> {
         let Some(call) = self.calls.get_mut(&stream) else { return Ok(()) };
         match part {
-            Part::Verdict => call.hear_verdict(stream, link)?,
+            Part::Verdict => call.hear_verdict(stream, &mut self.refusals, link)?,
             Part::End => call.look(),
             Part::Stdin => call.feed(stream, flags, link)?,
             Part::Stdout | Part::Stderr => call.pass_on(stream, part, link)?,
@@ -182,7 +187,11 @@ impl Outgoing {
     /// Forgets a call of which nothing is left.
     fn settle(&mut self, stream: u32, link: &mut AgentLink) -> Result<(), SessionError> {
         let Some(call) = self.calls.get_mut(&stream) else { return Ok(()) };
-        if call.finish(stream, link)? {
+        if call.finish(stream, &mut self.refusals, link)? {
+            // Some of a group that was told to end may not heed it, and nobody counts them from here on.
+            if call.kill_at.is_some() {
+                call.signal(Signal::SIGKILL);
+            }
             // Known to have ended.
             let _ = call.child.wait();
             self.calls.remove(&stream);
@@ -240,9 +249,14 @@ impl CallOut {
         interests.into_iter().filter_map(|(part, interest)| interest.map(|(fd, flags)| (part, fd, flags)))
     }
 
-    fn hear_verdict(&mut self, stream: u32, link: &mut AgentLink) -> Result<(), SessionError> {
+    fn hear_verdict(
+        &mut self,
+        stream: u32,
+        refusals: &mut verdict::Refusals,
+        link: &mut AgentLink,
+    ) -> Result<(), SessionError> {
         let Some(verdict) = self.verdict.take() else { return Ok(()) };
-        if verdict::hear(verdict) {
+        if verdict::hear(verdict, refusals) {
             link.queue(&HostFrame::CallAccepted { stream })?;
         } else {
             link.queue(&HostFrame::CallRefused { stream })?;
@@ -311,10 +325,15 @@ impl CallOut {
     }
 
     /// Sends the last frame once all is over. Whether nothing is left of the call.
-    fn finish(&mut self, stream: u32, link: &mut AgentLink) -> Result<bool, SessionError> {
+    fn finish(
+        &mut self,
+        stream: u32,
+        refusals: &mut verdict::Refusals,
+        link: &mut AgentLink,
+    ) -> Result<bool, SessionError> {
         let Some(exit) = self.exit else { return Ok(false) };
         // What it has decided may be unread yet.
-        self.hear_verdict(stream, link)?;
+        self.hear_verdict(stream, refusals, link)?;
         if !self.over && self.stdout.has_ended() && self.stderr.has_ended() {
             link.queue(&HostFrame::CallExited { stream, exit })?;
             self.over = true;

@@ -65,7 +65,9 @@ impl Port {
                 Some(fd) => return Ok(Port { fd, kind: Kind::Free }),
                 None => Kind::Polled,
             },
-            _ => Kind::Free,
+            FileType::RegularFile | FileType::Directory | FileType::BlockDevice => Kind::Free,
+            // An eventfd, a timer, a watch: they have no file, and may block.
+            _ => Kind::Polled,
         };
         Ok(Port { fd: fd.try_clone_to_owned()?, kind })
     }
@@ -97,8 +99,9 @@ impl Port {
 
 /// Opens a pipe or terminal once more; only for what `fd` itself can do, lest a pipe's writer could read it.
 fn again(fd: BorrowedFd<'_>, access: OFlags) -> Option<OwnedFd> {
-    let has = rustix::fs::fcntl_getfl(fd).ok()? & OFlags::ACCMODE;
-    if has != access && has != OFlags::RDWR {
+    let flags = rustix::fs::fcntl_getfl(fd).ok()?;
+    let has = flags & OFlags::ACCMODE;
+    if flags.contains(OFlags::PATH) || has != access && has != OFlags::RDWR {
         return None;
     }
     let path = Path::new("/proc/self/fd").join(fd.as_raw_fd().to_string());
@@ -139,6 +142,17 @@ mod tests {
         assert!(Port::output(master.as_fd()).unwrap().is_polled());
         let null = std::fs::File::options().write(true).open("/dev/null").unwrap();
         assert!(!Port::output(null.as_fd()).unwrap().is_polled());
+    }
+
+    #[test]
+    fn what_gives_no_right_to_read_is_not_opened_to_read_and_what_may_block_is_polled() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let path_only = rustix::fs::open(&fifo, OFlags::PATH, Mode::empty()).unwrap();
+        assert_eq!(Port::input(path_only.as_fd()).unwrap().read(&mut [0; 8]), Err(Errno::EBADF));
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
+        assert!(Port::input(event.as_fd()).unwrap().is_polled());
     }
 
     #[test]

@@ -3,14 +3,18 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 /// Names the pipe.
 pub const VARIABLE: &str = "DISPVM_CALL_VERDICT";
 /// A pipe takes so much at once or not at all (PIPE_BUF).
 const LINE_BYTES_MAX: usize = 4096;
+/// So many refusals are logged in each such time.
+const REFUSALS_LOGGED: u32 = 20;
+const REFUSALS_PERIOD: Duration = Duration::from_secs(60);
 
 /// Hears it; one that says nothing refuses. Does not wait: the pipe is readable, or at its end.
-pub(super) fn hear(verdict: OwnedFd) -> bool {
+pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals) -> bool {
     let mut line = [0; LINE_BYTES_MAX];
     let count = File::from(verdict).read(&mut line).unwrap_or(0);
     let text = String::from_utf8_lossy(line.get(1..count).unwrap_or_default());
@@ -20,13 +24,44 @@ pub(super) fn hear(verdict: OwnedFd) -> bool {
             true
         }
         Some(_) => {
-            tracing::warn!("{}", text.trim_end());
+            refusals.log(text.trim_end());
             false
         }
         None => {
-            tracing::warn!("a call ended before it was decided");
+            refusals.log("a call ended before it was decided");
             false
         }
+    }
+}
+
+/// What is logged of calls that do not happen: the guest says how many there are, and the log is dom0's disk.
+#[derive(Debug)]
+pub(super) struct Refusals {
+    since: Instant,
+    logged: u32,
+}
+
+impl Refusals {
+    pub(super) fn none() -> Refusals {
+        Refusals { since: Instant::now(), logged: 0 }
+    }
+
+    /// Logs one, if not too many have been of late.
+    pub(super) fn log(&mut self, text: &str) {
+        match self.count(Instant::now()) {
+            ..REFUSALS_LOGGED => tracing::warn!("{text}"),
+            REFUSALS_LOGGED => tracing::warn!("{text}; what is refused in the next minute is not logged"),
+            _ => {}
+        }
+    }
+
+    /// How many came before this one in its minute.
+    fn count(&mut self, now: Instant) -> u32 {
+        if now.saturating_duration_since(self.since) >= REFUSALS_PERIOD {
+            *self = Refusals { since: now, logged: 0 };
+        }
+        self.logged = self.logged.saturating_add(1);
+        self.logged - 1
     }
 }
 
@@ -44,11 +79,33 @@ impl Teller {
         Teller(opened)
     }
 
-    /// Says it, once.
-    pub fn tell(&mut self, accepted: bool, why: &str) {
-        let Some(mut pipe) = self.0.take() else { return };
+    /// Says it, once. Answers whether there is still a call: a holder that has gone hears nothing, and its guest is gone as well.
+    pub fn tell(&mut self, accepted: bool, why: &str) -> bool {
+        let Some(mut pipe) = self.0.take() else { return true };
         let mut line = format!("{}{why}", if accepted { '+' } else { '-' }).into_bytes();
         line.truncate(LINE_BYTES_MAX);
-        let _ = pipe.write_all(&line);
+        pipe.write_all(&line).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_does_not_say_how_much_is_logged() {
+        let mut refusals = Refusals::none();
+        let start = Instant::now();
+        let logged = (0..100_000).filter(|_| refusals.count(start) <= REFUSALS_LOGGED).count();
+        assert_eq!(logged, REFUSALS_LOGGED as usize + 1);
+        assert_eq!(refusals.count(start + 2 * REFUSALS_PERIOD), 0, "the next are told again");
+    }
+
+    #[test]
+    fn a_verdict_that_nobody_hears_is_known_to_be_in_vain() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut teller = Teller(Some(File::from(OwnedFd::from(writer))));
+        assert!(!teller.tell(true, "allowed"));
     }
 }

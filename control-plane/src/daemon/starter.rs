@@ -24,6 +24,8 @@ const START_LIMIT: Duration = Duration::from_secs(BOOT_LIMIT.as_secs() + 120);
 const WORD_LIMIT: Duration = Duration::from_secs(2);
 /// How often is looked whether a qube that somebody else starts is up.
 const UP_POLL: Duration = Duration::from_millis(20);
+/// A longer log is begun anew at the next start.
+const LOG_BYTES_MAX: u64 = 1 << 20;
 
 /// Starts the qube `name` and waits until its agent is up. Answers whether it was down: one that runs, or that somebody is starting, is
 /// as good.
@@ -100,7 +102,14 @@ fn spawn(mut command: Command, state: &State, name: &str, answer: BorrowedFd<'_>
     command.spawn().map(drop)
 }
 
-/// What the runner says goes into the qube's folder; where there is none, it ends at once anyway.
+/// What the runner says goes into the qube's folder, behind what others say there: one may run already. Where there is no folder, it ends at
+/// once anyway.
 fn log(folder: &Path) -> Stdio {
-    File::create(folder.join("runner.log")).map_or_else(|_| Stdio::null(), Stdio::from)
+    let log = File::options().append(true).create(true).open(folder.join("runner.log"));
+    let log = log.inspect(|log| {
+        if log.metadata().is_ok_and(|log| log.len() > LOG_BYTES_MAX) {
+            let _ = log.set_len(0);
+        }
+    });
+    log.map_or_else(|_| Stdio::null(), Stdio::from)
 }

@@ -137,7 +137,7 @@ fn l6_files_go_to_a_running_disposable_by_its_name() {
     let receiving = real_receiver(&rig, into.path());
     rig.run(&["disp1234", path.to_str().unwrap()], "").is(0, "");
     receiving.join().unwrap();
-    assert_eq!(rig.called(), "[-d][disp1234][DEFAULT:QUBESRPC qubes.Filecopy dom0]");
+    assert_eq!(rig.called(), "[-d][disp1234][-T][DEFAULT:QUBESRPC qubes.Filecopy dom0]");
     assert_eq!(fs::read_to_string(into.path().join("report.txt")).unwrap(), "text");
     assert!(path.exists());
 }
