@@ -406,6 +406,18 @@ fn what_is_off_is_neither_put_to_sleep_nor_woken() {
     assert!(qubes.refused("admin.vm.Resume", "work", "", "").starts_with("QubesVMNotPausedError"));
 }
 
+/// On the first answer Qubes' own client goes on to run dom0's service itself.
+#[test]
+fn dom0_is_on_and_stays_so() {
+    let qubes = Qubes::new();
+    assert!(qubes.refused("admin.vm.Start", "dom0", "", "").starts_with("QubesVMNotHaltedError"));
+    for method in ["Kill", "Shutdown", "Pause", "Suspend"] {
+        let refused = qubes.refused(&format!("admin.vm.{method}"), "dom0", "", "");
+        assert!(refused.starts_with("QubesVMError: Cannot "), "{method}: {refused}");
+    }
+    assert!(qubes.refused("admin.vm.Unpause", "dom0", "", "").starts_with("QubesVMNotPausedError"));
+}
+
 #[test]
 fn t1_t7_f7_a_named_disposable_begins_as_its_template_is_and_keeps_its_record() {
     let qubes = Qubes::new();
