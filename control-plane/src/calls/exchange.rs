@@ -230,7 +230,8 @@ impl Hub {
             }
             GuestFrame::Failed { failed, .. } if failed.op == Some(Op::Shutdown) => {
                 // Told once for each time that it was asked, lest a guest fill the log.
-                if std::mem::take(&mut self.shutting_down) {
+                let was_asked = std::mem::take(&mut self.shutting_down);
+                if was_asked {
                     tracing::warn!("the guest does not shut down: {}", failed_text(failed));
                 }
             }
