@@ -379,6 +379,45 @@ fn qubes_are_made_and_removed_and_told_of() {
     }
 }
 
+/// What `qvm-create -P` and `-p` of Qubes' own tools ask for.
+#[test]
+fn a_qube_is_made_in_the_pool_there_is_and_in_no_other() {
+    let qubes = Qubes::new();
+    let create = "admin.vm.CreateInPool.AppVM";
+    qubes.ok(create, "dom0", "debian-12", "name=one label=red pool=dispvm");
+    qubes.ok(create, "dom0", "debian-12", "name=two label=red pool:private=dispvm pool:volatile=dispvm");
+    qubes.ok("admin.vm.CreateInPool.DispVM", "dom0", "debian-dvm", "name=three label=red pool=dispvm");
+    let all = qubes.ok("admin.vm.List", "dom0", "", "");
+    assert!(all.contains("one class=AppVM") && all.contains("two ") && all.contains("three class=DispVM"));
+    for pools in ["pool=lvm", "pool:private=lvm", "pool:kernel=dispvm", "pool:none=dispvm", "pool:=dispvm"] {
+        let payload = format!("name=four label=red {pools}");
+        assert_eq!(qubes.refused(create, "dom0", "debian-12", &payload), "hung up", "{pools}");
+    }
+    assert_eq!(
+        qubes.refused("admin.vm.CreateInPool.TemplateVM", "dom0", "", "name=five label=red"),
+        "hung up"
+    );
+}
+
+#[test]
+fn what_is_off_is_neither_put_to_sleep_nor_woken() {
+    let qubes = Qubes::new();
+    assert!(qubes.refused("admin.vm.Suspend", "work", "", "").starts_with("QubesVMNotRunningError"));
+    assert!(qubes.refused("admin.vm.Resume", "work", "", "").starts_with("QubesVMNotPausedError"));
+}
+
+/// On the first answer Qubes' own client goes on to run dom0's service itself.
+#[test]
+fn dom0_is_on_and_stays_so() {
+    let qubes = Qubes::new();
+    assert!(qubes.refused("admin.vm.Start", "dom0", "", "").starts_with("QubesVMNotHaltedError"));
+    for method in ["Kill", "Shutdown", "Pause", "Suspend"] {
+        let refused = qubes.refused(&format!("admin.vm.{method}"), "dom0", "", "");
+        assert!(refused.starts_with("QubesVMError: Cannot "), "{method}: {refused}");
+    }
+    assert!(qubes.refused("admin.vm.Unpause", "dom0", "", "").starts_with("QubesVMNotPausedError"));
+}
+
 #[test]
 fn t1_t7_f7_a_named_disposable_begins_as_its_template_is_and_keeps_its_record() {
     let qubes = Qubes::new();
@@ -549,6 +588,17 @@ fn labels_tags_notes_volumes_and_pools() {
     let pool =
         qubes.ok("admin.pool.Info", "dom0", qubes.ok("admin.pool.List", "dom0", "", "").trim_end(), "");
     assert!(pool.contains("driver=file\n"), "{pool}");
+    let usage = qubes.ok("admin.pool.UsageDetails", "dom0", "dispvm", "");
+    assert!(usage.starts_with("data_size=") && usage.contains("\ndata_usage="), "{usage}");
+    let all = qubes.ok("admin.pool.volume.List", "dom0", "dispvm", "");
+    assert!(all.lines().any(|vid| vid == "work/private") && all.lines().count() == 16, "{all}");
+    let named = |method: &str, vid: &str| qubes.send(method, "dom0", "dispvm", vid).ok();
+    assert_eq!(named("admin.pool.volume.Info", "work/root"), Some(root));
+    assert_eq!(named("admin.pool.volume.ListSnapshots", "work/root"), Some(String::new()));
+    for vid in ["work/none", "none/root", "work", "dom0/root", "../x"] {
+        assert_eq!(named("admin.pool.volume.Info", vid), None, "{vid}");
+    }
+    assert_eq!(qubes.refused("admin.pool.volume.List", "dom0", "lvm", ""), "hung up");
     assert!(qubes
         .refused("admin.vm.firewall.Set", "work", "", "action=reject\n")
         .starts_with("QubesValueError"));

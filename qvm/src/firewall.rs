@@ -25,7 +25,7 @@ pub struct Options {
     /// Have the rules applied again even if they did not change
     #[arg(long, short, global = true)]
     reload: bool,
-    /// Print the rules as the API has them
+    /// Print the rules as they are said to the API
     #[arg(long, global = true)]
     raw: bool,
     /// A qube's name
@@ -102,7 +102,9 @@ pub fn run(options: Options) -> Outcome {
 fn list(options: &Options, api: &Api) -> Outcome<()> {
     let rules = rules(api, &options.qube)?;
     if options.raw {
-        return print(&rules.iter().map(|rule| format!("{rule}\n")).collect::<String>());
+        // In the order of the stock client, whatever order they are kept in.
+        let said = |line: &String| Rule::parse(line).map_or_else(|_| line.clone(), |rule| rule.to_string());
+        return print(&rules.iter().map(|line| said(line) + "\n").collect::<String>());
     }
     let heads =
         ["NO", "ACTION", "HOST", "PROTOCOL", "PORT(S)", "SPECIAL TARGET", "ICMP TYPE", "EXPIRE", "COMMENT"];

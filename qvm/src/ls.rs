@@ -4,6 +4,7 @@
 //! asked for, or `--internal` says so.
 
 mod columns;
+mod filter;
 mod format;
 mod order;
 
@@ -27,8 +28,8 @@ pub struct Options {
     /// Columns to show; any property is one
     #[arg(long, short = 'O', value_name = "FIELD,...", value_delimiter = ',')]
     fields: Vec<String>,
-    /// Show each qube below its netvm
-    #[arg(long, short, conflicts_with_all = ["raw_data", "raw_list"])]
+    /// Show each qube below its netvm; without effect on raw data
+    #[arg(long, short)]
     tree: bool,
     #[command(flatten)]
     sort: order::Sort,
@@ -60,6 +61,8 @@ pub struct Options {
     #[arg(long, value_enum)]
     internal: Option<Internal>,
     #[command(flatten)]
+    filter: filter::Filter,
+    #[command(flatten)]
     states: States,
     /// Ignored, for the sake of scripts
     #[arg(long, hide = true)]
@@ -80,7 +83,9 @@ pub struct Options {
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Internal {
+    #[value(alias = "yes")]
     Y,
+    #[value(alias = "no")]
     N,
     Both,
 }
@@ -156,7 +161,8 @@ fn text(options: &Options, api: &Api) -> Outcome<String> {
         false => options.fields.iter().map(|field| field.trim().to_owned()).collect(),
     };
     let heads: Vec<String> = columns.iter().map(|column| column.replace('_', "-").to_uppercase()).collect();
-    let order = if options.tree { order::tree(&shown) } else { shown.iter().map(|row| (0, row)).collect() };
+    let is_tree = options.tree && !options.raw_data;
+    let order = if is_tree { order::tree(&shown) } else { shown.iter().map(|row| (0, row)).collect() };
     let mut rows = Vec::new();
     for (depth, row) in order {
         let cell = |head: &String| match &head[..] {
@@ -168,7 +174,7 @@ fn text(options: &Options, api: &Api) -> Outcome<String> {
     if options.raw_data {
         return Ok(rows.iter().map(|row| row.join("|") + "\n").collect());
     }
-    if !options.tree {
+    if !is_tree {
         options.sort.apply(&heads, &mut rows);
     }
     rows.insert(0, heads);
@@ -206,7 +212,9 @@ fn select(options: &Options, api: &Api) -> Outcome<Vec<Row>> {
         if internal != Internal::Both && row.is_internal(api)? != (internal == Internal::Y) {
             continue;
         }
-        shown.push(row);
+        if options.filter.fits(api, &row)? {
+            shown.push(row);
+        }
     }
     Ok(shown)
 }

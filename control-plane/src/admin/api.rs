@@ -15,6 +15,7 @@ use super::create;
 use super::features::{self, Scope};
 use super::firewall;
 use super::lives;
+use super::pools;
 use super::properties::{self, Subject};
 use super::settings::{self, Settings};
 use super::volumes;
@@ -69,7 +70,7 @@ impl Wants {
 
 /// Each method with what it wants: dom0 as its destination, an argument, a payload.
 #[rustfmt::skip]
-const METHODS: [(&str, Wants, Wants, Wants); 57] = [
+const METHODS: [(&str, Wants, Wants, Wants); 65] = [
     ("admin.Events", Either, No, No),
     ("admin.label.Get", It, It, No),
     ("admin.label.Index", It, It, No),
@@ -77,6 +78,10 @@ const METHODS: [(&str, Wants, Wants, Wants); 57] = [
     ("admin.pool.Info", It, It, No),
     ("admin.pool.List", It, No, No),
     ("admin.pool.ListDrivers", It, No, No),
+    ("admin.pool.UsageDetails", It, It, No),
+    ("admin.pool.volume.Info", It, It, It),
+    ("admin.pool.volume.List", It, It, No),
+    ("admin.pool.volume.ListSnapshots", It, It, It),
     ("admin.property.Get", It, It, No),
     ("admin.property.GetAll", It, No, No),
     ("admin.property.GetDefault", It, It, No),
@@ -87,14 +92,18 @@ const METHODS: [(&str, Wants, Wants, Wants); 57] = [
     ("admin.vm.Create.AppVM", It, Either, It),
     ("admin.vm.Create.DispVM", It, Either, It),
     ("admin.vm.CreateDisposable", Either, No, Either),
+    ("admin.vm.CreateInPool.AppVM", It, Either, It),
+    ("admin.vm.CreateInPool.DispVM", It, Either, It),
     ("admin.vm.CurrentState", Either, No, No),
-    ("admin.vm.Kill", No, No, No),
+    ("admin.vm.Kill", Either, No, No),
     ("admin.vm.List", Either, No, No),
-    ("admin.vm.Pause", No, No, No),
+    ("admin.vm.Pause", Either, No, No),
     ("admin.vm.Remove", No, No, No),
-    ("admin.vm.Shutdown", No, Either, No),
-    ("admin.vm.Start", No, No, No),
-    ("admin.vm.Unpause", No, No, No),
+    ("admin.vm.Resume", Either, No, No),
+    ("admin.vm.Shutdown", Either, Either, No),
+    ("admin.vm.Start", Either, No, No),
+    ("admin.vm.Suspend", Either, No, No),
+    ("admin.vm.Unpause", Either, No, No),
     ("admin.vm.feature.CheckWithAdminVM", Either, It, No),
     ("admin.vm.feature.CheckWithNetvm", Either, It, No),
     ("admin.vm.feature.CheckWithTemplate", Either, It, No),
@@ -136,8 +145,10 @@ pub(super) fn takes_long(request: &Request) -> bool {
 
 /// Whether qubes have come, gone, started or ended after this call.
 pub(super) fn makes_or_ends(method: &str) -> bool {
-    let lives = ["CreateDisposable", "Kill", "Pause", "Remove", "Shutdown", "Start", "Unpause"];
-    method.strip_prefix("admin.vm.").is_some_and(|what| what.starts_with("Create.") || lives.contains(&what))
+    let Some(what) = method.strip_prefix("admin.vm.") else { return false };
+    let lives =
+        ["CreateDisposable", "Kill", "Pause", "Remove", "Resume", "Shutdown", "Start", "Suspend", "Unpause"];
+    what.starts_with("Create.") || what.starts_with("CreateInPool.") || lives.contains(&what)
 }
 
 fn check_call(world: &World<'_>, request: &Request) -> Answer<()> {
@@ -159,15 +170,10 @@ fn of_the_system(world: &World<'_>, method: &str, request: &Request) -> Answer<S
         "admin.label.List" => Ok(lines(LABELS)),
         "admin.label.Get" => Ok(label(argument)?.1.to_owned()),
         "admin.label.Index" => Ok(label(argument)?.0.to_string()),
-        "admin.pool.List" => Ok(lines([volumes::POOL])),
-        "admin.pool.ListDrivers" => Ok("file dir_path\n".to_owned()),
-        "admin.pool.Info" => {
-            enforce(argument == volumes::POOL, "no such pool")?;
-            volumes::pool(world.state)
-        }
-        _ => match method.strip_prefix("admin.property.") {
-            Some(what) => property(world, None, what, request),
-            None => Err(silent("no such method")),
+        _ => match (method.strip_prefix("admin.property."), method.strip_prefix("admin.pool.")) {
+            (Some(what), _) => property(world, None, what, request),
+            (_, Some(what)) => pools::answer(world, what, request),
+            _ => Err(silent("no such method")),
         },
     }
 }
@@ -184,8 +190,14 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
             ("firewall", what) => rules(world, &vm, what, &request.payload),
             ("notes", what) => notes(world, &vm, what, &request.payload),
             ("device", _) => Ok(String::new()),
-            ("Create", "AppVM") => done(create::app(context, &request.source, argument, &request.payload)),
-            ("Create", "DispVM") => done(create::named(context, &request.source, argument, &request.payload)),
+            ("Create" | "CreateInPool", class) => {
+                let new = create::parameters(&request.payload, what == "CreateInPool")?;
+                match class {
+                    "AppVM" => done(create::app(context, &request.source, argument, &new)),
+                    "DispVM" => done(create::named(context, &request.source, argument, &new)),
+                    _ => Err(silent("no such method")),
+                }
+            }
             _ => Err(silent("no such method")),
         };
     }
@@ -195,10 +207,11 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
         "CurrentState" => current_state(world, &vm),
         "Remove" => done(lives::remove(context, &vm.name)),
         "Kill" => done(lives::kill(context, &vm.name)),
-        "Pause" => done(lives::pause(context, &vm.name)),
+        // There are no devices of the host's that would have to sleep: the CPUs stop, as in Qubes where a qube has none either.
+        "Pause" | "Suspend" => done(lives::pause(context, &vm.name)),
         "Shutdown" => done(lives::shutdown(context, &vm.name, argument)),
         "Start" => done(lives::start(context, &vm.name)),
-        "Unpause" => done(lives::unpause(context, &vm.name)),
+        "Unpause" | "Resume" => done(lives::unpause(context, &vm.name)),
         _ => Err(silent("no such method")),
     }
 }
@@ -207,7 +220,7 @@ fn done(done: Answer<()>) -> Answer<String> {
     done.map(|()| String::new())
 }
 
-fn lines<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
+pub(super) fn lines<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
     all.into_iter().fold(String::new(), |mut text, line| {
         let _ = writeln!(text, "{line}");
         text

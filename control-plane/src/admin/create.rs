@@ -13,6 +13,7 @@ use qrexec::service::QubeName;
 
 use super::answer::{enforce, exception, silent, Answer, Refusal};
 use super::settings::{self, Owner, Settings};
+use super::volumes;
 use super::world::{uuid_text, Context, Vm, VmKind, World};
 use crate::clones;
 use crate::daemon::client;
@@ -25,16 +26,22 @@ use crate::templates;
 const PRIVATE_MIB: u64 = 2048;
 const VOLATILE_MIB: u64 = 1024;
 
-/// Makes an AppVM (`admin.vm.Create.AppVM+TEMPLATE`, payload `name=NAME label=LABEL`).
-pub(super) fn app(context: &Context, source: &str, template: &str, payload: &[u8]) -> Answer<()> {
-    let (name, label) = name_and_label(payload)?;
+/// What a qube is to be called, and its label.
+pub(super) struct New {
+    name: String,
+    label: String,
+}
+
+/// Makes an AppVM (`admin.vm.Create.AppVM+TEMPLATE`).
+pub(super) fn app(context: &Context, source: &str, template: &str, new: &New) -> Answer<()> {
+    let New { name, label } = new;
     let _lock = settings::lock(&context.state)?;
     let world = World::new(context);
     let based_on = template_of(&world, template, "default_template")?;
     if !matches!(based_on.kind, VmKind::Template(_)) {
         return Err(exception(Kind::Value, format!("{} is no TemplateVM", based_on.name)));
     }
-    check_free(&world, &name)?;
+    check_free(&world, name)?;
     let number =
         |property: &str| world.value(&based_on, property).map(|text| text.parse().unwrap_or_default());
     let dvm = Dvm {
@@ -53,14 +60,14 @@ pub(super) fn app(context: &Context, source: &str, template: &str, payload: &[u8
     let mut settings = Settings { uuid: Some(draw_uuid()?), ..Settings::default() };
     settings.tags.insert(format!("created-by-{source}"));
     let begin = || settings.save(&context.state, &Owner::Qube(name.clone()));
-    templates::add_dvm_with(&context.state, &name, &label, dvm, begin)?;
+    templates::add_dvm_with(&context.state, name, label, dvm, begin)?;
     client::changed(&context.state);
     Ok(())
 }
 
-/// Makes a disposable with a name of the user's (`admin.vm.Create.DispVM+DVM`, payload `name=NAME label=LABEL`).
-pub(super) fn named(context: &Context, source: &str, dvm: &str, payload: &[u8]) -> Answer<()> {
-    let (name, label) = name_and_label(payload)?;
+/// Makes a disposable with a name of the user's (`admin.vm.Create.DispVM+DVM`).
+pub(super) fn named(context: &Context, source: &str, dvm: &str, new: &New) -> Answer<()> {
+    let New { name, label } = new;
     let _lock = settings::lock(&context.state)?;
     let world = World::new(context);
     let dvm = template_of(&world, dvm, "default_dispvm")?;
@@ -68,8 +75,8 @@ pub(super) fn named(context: &Context, source: &str, dvm: &str, payload: &[u8]) 
         let why = "needs to be an AppVM with template_for_dispvms=True";
         return Err(exception(Kind::Value, format!("template for disposable ({}) {why}", dvm.name)));
     }
-    check_free(&world, &name)?;
-    add(context, &dvm, &name, &label, false, &[format!("created-by-{source}")]).map(drop)
+    check_free(&world, name)?;
+    add(context, &dvm, name, label, false, &[format!("created-by-{source}")]).map(drop)
 }
 
 /// Makes one that goes when it ends (`admin.vm.CreateDisposable`), and answers its name, or `uuid:UUID` if that was asked for.
@@ -148,12 +155,18 @@ fn check_free(world: &World<'_>, name: &str) -> Answer<()> {
     }
 }
 
-fn name_and_label(payload: &[u8]) -> Answer<(String, String)> {
+/// Reads the payload of `admin.vm.Create.*`, `name=NAME label=LABEL`, and of `admin.vm.CreateInPool.*`, where `pool=POOL`, or
+/// `pool:VOLUME=POOL` for some volumes, must be the one pool there is.
+pub(super) fn parameters(payload: &[u8], with_pools: bool) -> Answer<New> {
     let text = std::str::from_utf8(payload).ok().filter(|text| text.is_ascii());
     let text = text.ok_or_else(|| silent("parameters that are no ASCII text"))?;
     let all: Vec<(&str, &str)> = pairs(text, ' ').collect();
     enforce(all.len() == text.split(' ').count(), "parameters without values")?;
-    enforce(all.iter().all(|(key, _)| matches!(*key, "name" | "label")), "unknown parameters")?;
+    for (key, value) in &all {
+        let is_pool = *key == "pool" || key.strip_prefix("pool:").is_some_and(volumes::has_pool);
+        enforce(matches!(*key, "name" | "label") || with_pools && is_pool, "unknown parameters")?;
+        enforce(!is_pool || *value == volumes::POOL, "no such pool")?;
+    }
     let one = |wanted: &str| -> Result<String, Refusal> {
         let mut found = all.iter().filter(|(key, _)| *key == wanted).map(|(_, value)| value.to_string());
         match (found.next(), found.next()) {
@@ -164,7 +177,7 @@ fn name_and_label(payload: &[u8]) -> Answer<(String, String)> {
     let (name, label) = (one("name")?, one("label")?);
     enforce_name(&name)?;
     match LABELS.contains(&label.as_str()) {
-        true => Ok((name, label)),
+        true => Ok(New { name, label }),
         false => Err(exception(Kind::LabelNotFound, format!("Invalid label: {label:?}"))),
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use admin_api::{Event, Kind};
 
-use super::answer::{enforce, exception, silent, Answer, Refusal};
+use super::answer::{enforce, exception, Answer, Refusal};
 use super::properties;
 use super::settings;
 use super::world::{Context, Vm, VmKind, World};
@@ -63,9 +63,7 @@ fn users(world: &World<'_>, vm: &Vm) -> Answer<Vec<String>> {
 pub(super) fn kill(context: &Context, name: &str) -> Answer<()> {
     let world = World::new(context);
     let vm = world.vm(name)?;
-    if matches!(vm.kind, VmKind::Admin) {
-        return Err(silent("dom0 is not killed"));
-    }
+    refuse_dom0(&vm, "kill")?;
     let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
     end(context, clone)?;
     // Of one that was killed in its first moments, the record that was to go with it is left.
@@ -99,6 +97,7 @@ pub(super) fn shutdown(context: &Context, name: &str, flags: &str) -> Answer<()>
     enforce(flags.iter().all(|flag| matches!(*flag, "force" | "wait")), "unknown flags")?;
     let world = World::new(context);
     let vm = world.vm(name)?;
+    refuse_dom0(&vm, "shut down")?;
     let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
     refuse_spare(&world, &vm)?;
     if !flags.contains(&"force") {
@@ -139,6 +138,7 @@ fn check_no_clients(world: &World<'_>, vm: &Vm) -> Answer<()> {
 pub(super) fn pause(context: &Context, name: &str) -> Answer<()> {
     let world = World::new(context);
     let vm = world.vm(name)?;
+    refuse_dom0(&vm, "pause")?;
     if world.power_state(&vm)? != "Running" {
         let why = format!("Domain not running (either powered off or paused): {:?}", vm.name);
         return Err(exception(Kind::VmNotRunning, why));
@@ -155,6 +155,14 @@ pub(super) fn unpause(context: &Context, name: &str) -> Answer<()> {
     }
     refuse_spare(&world, &vm)?;
     Ok(calls::client::control(&context.state, &vm.name, Control::Unpause)?)
+}
+
+/// That dom0 is on, whoever would start it is told as of any other qube; `qvm-run dom0` relies on it.
+fn refuse_dom0(vm: &Vm, to: &str) -> Answer<()> {
+    match vm.kind {
+        VmKind::Admin => Err(exception(Kind::Vm, format!("Cannot {to} dom0"))),
+        _ => Ok(()),
+    }
 }
 
 fn refuse_spare(world: &World<'_>, vm: &Vm) -> Answer<()> {

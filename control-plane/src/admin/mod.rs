@@ -26,6 +26,7 @@ mod features;
 mod firewall;
 mod lives;
 mod lobby;
+mod pools;
 pub mod properties;
 pub mod server;
 pub mod settings;

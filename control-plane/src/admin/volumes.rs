@@ -1,5 +1,5 @@
-//! Volumes and pools as Qubes lists them: root and private are snapshots of an immutable generation, volatile is fresh, the
-//! kernel is read-only. There is one pool, the state folder.
+//! Volumes as Qubes lists them: root and private are snapshots of an immutable generation, volatile is fresh, the kernel is
+//! read-only. All are in one pool.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,6 @@ use admin_api::lines::bool_text;
 use super::answer::{silent, Answer};
 use super::world::{Vm, VmKind, World};
 use crate::error::Error;
-use crate::state::State;
 
 /// The name of the pool.
 pub(super) const POOL: &str = "dispvm";
@@ -25,6 +24,11 @@ struct Volume {
     writable: bool,
     /// Whether what is written stays.
     kept: bool,
+}
+
+/// Whether a volume of this name is made in a pool that one may choose.
+pub(super) fn has_pool(name: &str) -> bool {
+    matches!(name, "root" | "private" | "volatile")
 }
 
 /// The names of a qube's volumes.
@@ -79,21 +83,8 @@ pub(super) fn revisions(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String
     Ok(generations.iter().map(|generation| format!("{generation}\n")).collect())
 }
 
-/// The answer of `admin.pool.Info`.
-pub(super) fn pool(state: &State) -> Answer<String> {
-    let folder = state.root();
-    let space = rustix::fs::statvfs(folder)
-        .map_err(|error| Error::io("ask for the space of", folder)(error.into()))?;
-    let bytes = |blocks: u64| blocks.saturating_mul(space.f_frsize);
-    let used = bytes(space.f_blocks.saturating_sub(space.f_bfree));
-    Ok(format!(
-        "dir_path={}\ndriver=file\nname={POOL}\nsize={}\nusage={used}\n",
-        folder.display(),
-        bytes(space.f_blocks)
-    ))
-}
-
-fn vid(qube: &str, volume: &str) -> String {
+/// What a volume is called in its pool.
+pub(super) fn vid(qube: &str, volume: &str) -> String {
     format!("{qube}/{volume}")
 }
 

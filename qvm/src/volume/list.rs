@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal};
 
 use crate::api::Api;
 use crate::names;
-use crate::outcome::{print, Outcome};
+use crate::outcome::{print, quoted, Failure, Outcome};
 use crate::table;
 
 use super::{value, Volume};
@@ -40,6 +40,11 @@ struct Users {
 
 /// Lists volumes by pool and name, each with all qubes that have it.
 pub fn run(options: &Options, api: &Api) -> Outcome<()> {
+    let pools = if options.pools.is_empty() { Vec::new() } else { api.names("admin.pool.List", "dom0", "")? };
+    if !options.pools.iter().all(|pool| pools.contains(pool)) {
+        let named: Vec<String> = options.pools.iter().map(|pool| quoted(pool)).collect();
+        return Err(Failure::Usage(format!("No such pools: [{}]", named.join(", "))));
+    }
     let all = api.qubes()?;
     let qubes = match options.names.is_empty() {
         true => all,

@@ -8,6 +8,13 @@ const LIST: (&str, &str) = (
 );
 
 #[test]
+fn raw_rules_are_in_the_stock_clients_order_whatever_order_they_are_kept_in() {
+    let kept = "action=drop dst4=1.1.1.1/32 dstports=80-80 proto=tcp\n";
+    let server = Server::new(&[LIST, ("admin.vm.firewall.Get web", kept)]);
+    server.run("qvm-firewall web list --raw").is(0, "action=drop proto=tcp dst4=1.1.1.1/32 dstports=80-80\n");
+}
+
+#[test]
 fn rules_are_listed_added_and_removed() {
     let rules = "action=accept proto=tcp dsthost=qubes-os.org dstports=443-443\n\
                  action=accept specialtarget=dns\n\
@@ -71,6 +78,7 @@ fn volumes() -> Server {
     let kernel = "pool=linux-kernel\nvid=6.1\nsize=1\nusage=1\nrw=False\n";
     Server::new(&[
         LIST,
+        ("admin.pool.List dom0", "lvm\nlinux-kernel\n"),
         ("admin.vm.volume.List dom0", ""),
         ("admin.vm.volume.List work", "private\nkernel\n"),
         ("admin.vm.volume.List web", "kernel\n"),
@@ -103,6 +111,7 @@ fn volumes_are_listed_and_shown() {
         0,
         "POOL:VOLUME          VMNAME  VOLUME_NAME  REVERT_POSSIBLE\nlvm:vm-work-private  work    private      Yes\n",
     );
+    server.run("qvm-volume ls -p lvm -p none").fails(2, "qvm-volume: error: No such pools: ['lvm', 'none']");
     server.run("qvm-volume info work:private").is(
         0,
         "pool               lvm\nvid                vm-work-private\nrw                 True\nsource             \n\

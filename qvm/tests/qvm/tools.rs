@@ -59,6 +59,35 @@ fn t9_internal_qubes_are_hidden_unless_asked_for() {
 }
 
 #[test]
+fn ls_shows_qubes_by_what_they_are_set_to() {
+    let none = "!QubesFeatureNotFoundError Feature not set";
+    let server = server(&[
+        ("admin.vm.feature.Get+servicevm dom0", none),
+        ("admin.vm.feature.Get+servicevm work", none),
+        ("admin.vm.feature.Get+servicevm sys-net", "1"),
+        ("admin.vm.feature.Get+updates-available dom0", "1"),
+        ("admin.vm.feature.Get+updates-available work", ""),
+        ("admin.vm.feature.Get+updates-available sys-net", none),
+    ]);
+    for (filter, shown) in [
+        ("--template-source debian-13 none", "work\n"),
+        ("--netvm-is sys-net", "work\n"),
+        ("--prefs label=red provides-network=True", "sys-net\n"),
+        ("--prefs label=red netvm=None", "sys-net\n"),
+        ("--prefs label=red memory=400", ""),
+        ("--servicevm y", "sys-net\n"),
+        ("--servicevm no", "dom0\nwork\n"),
+        ("--pending-update", "dom0\n"),
+        ("--features servicevm=1", "sys-net\n"),
+        ("--features servicevm= updates-available=\"\"", "work\n"),
+    ] {
+        server.run(&format!("qvm-ls --raw-list {filter}")).is(0, shown);
+    }
+    server.run("qvm-ls --tree --raw-data -O name").is(0, "dom0\nsys-net\nwork\n");
+    assert_eq!(server.run("qvm-ls --features =1").status, 2);
+}
+
+#[test]
 fn ls_shows_what_is_asked_for() {
     let server = server(&[
         ("admin.vm.CurrentState work", "mem=409600 mem_static_max=409600 cputime=7 power_state=Running"),
