@@ -242,6 +242,8 @@ struct Running {
     name: String,
     launch: Child,
     stdin: Option<ChildStdin>,
+    /// It ends when nobody reads this any more.
+    _stdout: BufReader<ChildStdout>,
 }
 
 impl Running {
@@ -250,7 +252,13 @@ impl Running {
         let (launch, stdin, mut stdout) = spawn(&mut command);
         let mut name = String::new();
         stdout.read_line(&mut name).expect("its name");
-        Running { state: bench.state(), name: name.trim().into(), launch, stdin: Some(stdin) }
+        Running {
+            state: bench.state(),
+            name: name.trim().into(),
+            launch,
+            stdin: Some(stdin),
+            _stdout: stdout,
+        }
     }
 
     /// From the call to its first byte, in ms.
