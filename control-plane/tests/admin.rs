@@ -1,5 +1,7 @@
 //! The Admin API over a real socket, on state folders of their own.
 
+mod common;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -95,19 +97,7 @@ fn template(state: &State, name: &str) {
 }
 
 fn app(state: &State, name: &str, label: &str, template_for_dispvms: bool) {
-    let class = Class::AppVM(Dvm {
-        template: "debian-12".into(),
-        template_for_dispvms,
-        memory_mib: 1024,
-        vcpus: 2,
-        net: "none".into(),
-        private_mib: 2048,
-        private_generation: 1,
-        private_id: "x".into(),
-        volatile_mib: 1024,
-        spares: None,
-        savefile: None,
-    });
+    let class = common::app(template_for_dispvms);
     Qube { name: name.into(), label: label.into(), class }.save(state).unwrap();
 }
 

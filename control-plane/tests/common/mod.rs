@@ -45,19 +45,7 @@ pub fn qubes(state: &State) {
         .save(state)
         .unwrap();
     for name in ["debian-dvm", "whonix-ws-dvm", "work", "anon-whonix", "vault"] {
-        let class = Class::AppVM(Dvm {
-            template: "debian-12".into(),
-            template_for_dispvms: name.ends_with("-dvm"),
-            memory_mib: 1024,
-            vcpus: 2,
-            net: "none".into(),
-            private_mib: 2048,
-            private_generation: 1,
-            private_id: "x".into(),
-            volatile_mib: 1024,
-            spares: None,
-            savefile: None,
-        });
+        let class = app(name.ends_with("-dvm"));
         Qube { name: name.into(), label: "red".into(), class }.save(state).unwrap();
     }
     let default_dispvm = |name: &str| format!("[properties]\ndefault_dispvm = \"{name}\"\n");
@@ -65,6 +53,23 @@ pub fn qubes(state: &State) {
     for name in ["anon-whonix", "whonix-ws-dvm"] {
         fs::write(state.qube(name).join("settings.toml"), default_dispvm("whonix-ws-dvm")).unwrap();
     }
+}
+
+/// An AppVM on debian-12.
+pub fn app(template_for_dispvms: bool) -> Class {
+    Class::AppVM(Dvm {
+        template: "debian-12".into(),
+        template_for_dispvms,
+        memory_mib: 1024,
+        vcpus: 2,
+        net: "none".into(),
+        private_mib: 2048,
+        private_generation: 1,
+        private_id: "x".into(),
+        volatile_mib: 1024,
+        spares: None,
+        savefile: None,
+    })
 }
 
 /// The agent, as the test plays it.
