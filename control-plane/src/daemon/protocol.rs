@@ -1,13 +1,14 @@
 //! The words on `dispvmd`'s socket: one JSON object a message, at most [`MESSAGE_BYTES_MAX`]; descriptors travel beside it.
 //!
 //! A connection begins with one [`Hello`]. A caller's is answered by one [`Answer`] and over. A keeper's stays: it says [`KeeperSays`], and
-//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the keeper says [`LifelineSays`].
+//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the
+//! keeper says [`LifelineSays`] and hears [`LifelineHears`].
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of what keepers and daemon say to each other. One of another version is not adopted: its clone runs on, its spare ends.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The longest message. The longest there is, a status of many qubes, takes some 200 bytes for each.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
@@ -85,6 +86,9 @@ pub struct Spare {
     pub inputs: String,
     /// Milliseconds since 1970 at which it was ready.
     pub ready_ms: u64,
+    /// Its keeper's [`PROTOCOL`]: one from before 2, which does not say it, takes whatever is said on the lifeline for its end.
+    #[serde(default)]
+    pub protocol: u32,
 }
 
 /// What a keeper says to the daemon.
@@ -123,6 +127,25 @@ pub enum LifelineSays {
     },
     /// The clone is gone.
     Gone,
+    /// Its CPUs are stopped, as was asked.
+    Paused,
+    /// They run again, as was asked.
+    Running,
+    /// What was asked cannot be.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a keeper hears from its clone's owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LifelineHears {
+    /// Stop the clone's CPUs.
+    Pause,
+    /// Let them run again.
+    Unpause,
 }
 
 /// What the runner of a qube says to whoever had it started: that it is there, then how it went.
