@@ -40,6 +40,11 @@ pub enum Hello {
         /// The qube.
         qube: String,
     },
+    /// A spare is to be somebody's who has no process to hold it. The answer is its holder's: [`HolderSays`].
+    Hold {
+        /// The DVM template.
+        dvm: String,
+    },
     /// A keeper is there.
     Keeper {
         /// [`PROTOCOL`]: a keeper may be older than its daemon.
@@ -159,6 +164,24 @@ pub enum RunnerSays {
     /// Another runner has it.
     RunsAlready,
     /// It could not be started.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the holder of a spare says to whoever wants it: one word.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum HolderSays {
+    /// The spare is a disposable that runs, and takes calls.
+    Holds {
+        /// Its name.
+        name: String,
+    },
+    /// There is none that serves.
+    NoSpare,
+    /// There was one, and it did not wake up.
     Failed {
         /// Why.
         reason: String,
