@@ -11,9 +11,10 @@ use qrexec::service::Target;
 use super::decide::Asked;
 use super::{programs, service, verdict};
 use crate::accounts::uid_of;
+use crate::admin;
 use crate::clones;
 use crate::daemon::channel::Channel;
-use crate::daemon::client;
+
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
@@ -63,7 +64,7 @@ fn have_running(state: &State, name: &str) -> Result<()> {
     if Channel::connect(&state.call_socket(name)).is_ok() {
         return Ok(());
     }
-    client::start(state, name).map(drop)
+    admin::start(state, name)
 }
 
 fn check_room(state: &State) -> Result<()> {
