@@ -466,7 +466,9 @@ fn a_private_volume_grows_is_cloned_and_reverted_and_others_say_why_not() {
     assert!(refused.starts_with("StoragePoolException"), "{refused}");
     // The others have no files.
     for name in ["debian-dvm", "whonix-ws-dvm", "work", "debian-12"] {
-        ["private", "root"].map(|folder| fs::create_dir(qubes.state.qube(name).join(folder)).unwrap());
+        for folder in ["private", "root"] {
+            fs::create_dir(qubes.state.qube(name).join(folder)).unwrap();
+        }
     }
     // Of what was before, one stays, and more where that is wanted.
     assert_eq!(qubes.ok("admin.vm.volume.ListSnapshots", "one", "private", ""), "1\n2\n");
