@@ -3,11 +3,13 @@
 //! A connection begins with one [`Hello`]. A caller's is answered by one [`Answer`] and over. A keeper's stays: it says [`KeeperSays`], and
 //! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the keeper says [`LifelineSays`].
 
+use std::time::Duration;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of what keepers and daemon say to each other. One of another version is not adopted: its clone runs on, its spare ends.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The longest message. The longest there is, a status of many qubes, takes some 200 bytes for each.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
@@ -83,8 +85,22 @@ pub struct Spare {
     pub root_hash: String,
     /// The hash of what that savefile was built from.
     pub inputs: String,
-    /// Milliseconds since 1970 at which it was ready.
+    /// Milliseconds since the host's boot, suspended ones among them, at which it was ready: no clock that is set makes it older.
     pub ready_ms: u64,
+}
+
+impl Spare {
+    /// How long ago it was ready.
+    pub fn age(&self) -> Duration {
+        Duration::from_millis(since_boot_ms().saturating_sub(self.ready_ms))
+    }
+}
+
+/// CLOCK_BOOTTIME: the same for every process of the host, and nobody can set it.
+pub fn since_boot_ms() -> u64 {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a keeper says to the daemon.
