@@ -140,7 +140,8 @@ const METHODS: [(&str, Wants, Wants, Wants); 65] = [
 
 /// Whether the call waits for a guest.
 pub(super) fn takes_long(request: &Request) -> bool {
-    matches!(request.method.as_str(), "admin.vm.Kill" | "admin.vm.Shutdown" | "admin.vm.Start")
+    let waiting = ["admin.vm.CreateDisposable", "admin.vm.Kill", "admin.vm.Shutdown", "admin.vm.Start"];
+    waiting.contains(&request.method.as_str())
 }
 
 /// Whether qubes have come, gone, started or ended after this call.

@@ -33,6 +33,11 @@ impl Context {
         Context { state, events: Hub::default(), handed_out: Mutex::new(None) }
     }
 
+    /// What the daemon said of its spares holds no more: one was handed out.
+    pub(super) fn forget_spares(&self) {
+        *self.handed_out.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
+    }
+
     /// Whether a clone waits to be somebody's. Without a daemon to say so, it counts as somebody's.
     fn is_spare(&self, clone: &CloneRecord) -> bool {
         if clone.keeping != Keeping::Keeper {

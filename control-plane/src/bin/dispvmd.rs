@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use control_plane::admin;
 use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
 use control_plane::daemon::protocol::Status;
-use control_plane::daemon::{client, keeper, server, systemd};
+use control_plane::daemon::{client, holder, keeper, server, systemd};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::run::runner;
 use nix::sys::signal::{SigSet, Signal};
@@ -59,6 +59,12 @@ enum Command {
         /// Qube
         name: String,
     },
+    /// Hold a spare as a disposable that runs by itself (started by dispvmd itself, with a socket as standard input)
+    #[command(hide = true)]
+    Holder {
+        /// DVM template
+        dvm: String,
+    },
     /// Make the hot image of a savefile (started by dispvmd itself)
     #[command(hide = true)]
     Admit {
@@ -96,6 +102,7 @@ fn run(options: Options) -> Result<()> {
         }
         Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
         Some(Command::Runner { name }) => runner::run(&state, &machine()?, &name, true),
+        Some(Command::Holder { dvm }) => holder::run(&state, &machine()?, &dvm),
         Some(Command::Keeper { dvm }) => keeper::run(&state, &machine()?, &dvm),
         Some(Command::Status { json }) => {
             let answered = client::status(&state)

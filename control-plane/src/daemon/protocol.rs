@@ -1,7 +1,8 @@
 //! The words on `dispvmd`'s socket: one JSON object a message, at most [`MESSAGE_BYTES_MAX`]; descriptors travel beside it.
 //!
 //! A connection begins with one [`Hello`]. A caller's is answered by one [`Answer`] and over. A keeper's stays: it says [`KeeperSays`], and
-//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the keeper says [`LifelineSays`].
+//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the
+//! keeper says [`LifelineSays`] and hears [`LifelineHears`].
 
 use std::time::Duration;
 
@@ -40,6 +41,11 @@ pub enum Hello {
     Start {
         /// The qube.
         qube: String,
+    },
+    /// A spare is to be somebody's who has no process to hold it. The answer is its holder's: [`HolderSays`].
+    Hold {
+        /// The DVM template.
+        dvm: String,
     },
     /// A keeper is there.
     Keeper {
@@ -87,6 +93,9 @@ pub struct Spare {
     pub inputs: String,
     /// Milliseconds since the host's boot, suspended ones among them, at which it was ready: no clock that is set makes it older.
     pub ready_ms: u64,
+    /// Its keeper's [`PROTOCOL`]: one from before 2, which does not say it, takes whatever is said on the lifeline for its end.
+    #[serde(default)]
+    pub protocol: u32,
 }
 
 impl Spare {
@@ -139,6 +148,25 @@ pub enum LifelineSays {
     },
     /// The clone is gone.
     Gone,
+    /// Its CPUs are stopped, as was asked.
+    Paused,
+    /// They run again, as was asked.
+    Running,
+    /// What was asked cannot be.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a keeper hears from its clone's owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LifelineHears {
+    /// Stop the clone's CPUs.
+    Pause,
+    /// Let them run again.
+    Unpause,
 }
 
 /// What the runner of a qube says to whoever had it started: that it is there, then how it went.
@@ -152,6 +180,24 @@ pub enum RunnerSays {
     /// Another runner has it.
     RunsAlready,
     /// It could not be started.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the holder of a spare says to whoever wants it: one word.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum HolderSays {
+    /// The spare is a disposable that runs, and takes calls.
+    Holds {
+        /// Its name.
+        name: String,
+    },
+    /// There is none that serves.
+    NoSpare,
+    /// There was one, and it did not wake up.
     Failed {
         /// Why.
         reason: String,

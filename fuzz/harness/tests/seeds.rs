@@ -250,10 +250,10 @@ inputs = "77"
         "disp7",
         r#"{"name":"disp7","dvm":"debian-dvm","root_hash":"","template":["debian-12",1],"pid":4711,"keeping":"keeper","started":1700000000}"#,
     );
-    let spare = r#"{"number":7,"machine_id":[1,2,3,4,5,6,71,8,137,10,11,12,13,14,15,16],"host":"qemu","generation":3,"root_hash":"ab","inputs":"cd","ready_ms":1700000000000}"#;
+    let spare = r#"{"number":7,"machine_id":[1,2,3,4,5,6,71,8,137,10,11,12,13,14,15,16],"host":"qemu","generation":3,"root_hash":"ab","inputs":"cd","ready_ms":1700000000000,"protocol":2}"#;
     for (name, message) in [
         ("hello-spare", r#"{"spare":{"dvm":"debian-dvm","settings":"(None, 1)","rebuild":true}}"#.to_owned()),
-        ("hello-keeper", r#"{"keeper":{"protocol":1,"dvm":"debian-dvm","pid":4711}}"#.to_owned()),
+        ("hello-keeper", r#"{"keeper":{"protocol":2,"dvm":"debian-dvm","pid":4711}}"#.to_owned()),
         ("hello-status", r#""status""#.to_owned()),
         ("hears", r#""handed_out""#.to_owned()),
         ("gone", r#""gone""#.to_owned()),
