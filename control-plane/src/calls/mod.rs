@@ -31,6 +31,7 @@ mod command;
 pub mod decide;
 pub mod exchange;
 mod flow;
+pub mod in_dom0;
 pub mod message;
 pub mod outgoing;
 pub mod programs;
