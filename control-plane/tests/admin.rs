@@ -396,6 +396,51 @@ fn what_is_off_is_neither_put_to_sleep_nor_woken() {
     assert!(qubes.refused("admin.vm.Resume", "work", "", "").starts_with("QubesVMNotPausedError"));
 }
 
+/// There is no hypervisor here, so none of them starts: who was tried, in which order, is told.
+#[test]
+fn a_netvm_is_started_first_and_why_it_is_not_is_why_the_qube_is_not() {
+    let qubes = Qubes::new();
+    for name in ["net", "firewall"] {
+        app(&qubes.state, name, "red", false);
+        qubes.set(name, "provides_network", "True");
+    }
+    qubes.set("firewall", "netvm", "net");
+    qubes.set("work", "netvm", "firewall");
+    let mut heard = events(&qubes.socket(), "dom0").unwrap();
+    let mut next = || loop {
+        let event = heard.next().unwrap().unwrap();
+        if event.name.contains("start") {
+            return format!("{} {}", event.name, event.subject);
+        }
+    };
+    let told = std::thread::scope(|scope| {
+        let told = scope.spawn(move || (0..6).map(|_| next()).collect::<Vec<_>>());
+        std::thread::sleep(Duration::from_millis(200));
+        let refused = qubes.refused("admin.vm.Start", "work", "", "");
+        assert!(
+            refused.contains("netvm of work does not start: the netvm of firewall does not start"),
+            "{refused}"
+        );
+        told.join().unwrap()
+    });
+    let expected = ["pre-start work", "pre-start firewall", "pre-start net"].into_iter().chain([
+        "start-failed net",
+        "start-failed firewall",
+        "start-failed work",
+    ]);
+    let told: Vec<&str> = told.iter().map(|event| event.trim_start_matches("domain-")).collect();
+    assert_eq!(told, expected.collect::<Vec<_>>());
+    let refused = qubes.refused("admin.vm.property.Set", "net", "netvm", "work");
+    assert!(refused.contains("does not provide network"), "{refused}");
+    // By hand, what the API refuses.
+    let path = qubes.state.qube("net").join("settings.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("[properties]", "[properties]\nnetvm = \"firewall\"")).unwrap();
+    assert!(qubes.refused("admin.vm.Start", "work", "", "").contains("loops in network are unsupported"));
+    fs::remove_dir_all(qubes.state.qube("net")).unwrap();
+    assert!(qubes.refused("admin.vm.Start", "work", "", "").contains("netvm of firewall is not there: net"));
+}
+
 /// On the first answer Qubes' own client goes on to run dom0's service itself.
 #[test]
 fn dom0_is_on_and_stays_so() {

@@ -34,4 +34,17 @@ mod system_info;
 mod volumes;
 mod world;
 
+use crate::error::{Error, Kind, Result};
+use crate::state::State;
+
 pub use system_info::system_info;
+
+/// Starts a qube as `admin.vm.Start` does, its netvm first, unless it runs. Who listens to events hears of it when the daemon sees them run.
+pub fn start(state: &State, name: &str) -> Result<()> {
+    match lives::start(&world::Context::new(state.clone()), name) {
+        Err(answer::Refusal::Exception(exception)) if exception.kind == admin_api::Kind::VmNotHalted => {
+            Ok(())
+        }
+        started => started.map_err(|refusal| Error::new(Kind::Failed, refusal.to_string())),
+    }
+}

@@ -9,9 +9,9 @@ use rpc_service::NotServed;
 use super::decide::Asked;
 use super::in_dom0::{self, InDom0};
 use super::{programs, service, verdict};
+use crate::admin;
 use crate::clones;
 use crate::daemon::channel::Channel;
-use crate::daemon::client;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
 
@@ -71,7 +71,7 @@ fn have_running(state: &State, name: &str) -> Result<()> {
     if Channel::connect(&state.call_socket(name)).is_ok() {
         return Ok(());
     }
-    client::start(state, name).map(drop)
+    admin::start(state, name)
 }
 
 fn check_room(state: &State) -> Result<()> {
