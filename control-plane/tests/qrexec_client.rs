@@ -139,7 +139,8 @@ fn a_paused_qube_is_waited_for_as_long_as_is_said() {
     assert!(said.contains("has been paused for 1 s") && said.contains("qvm-unpause"), "{said}");
 
     for limit in ["60", "0"] {
-        let child = client(&guest, &["-w", limit, "-d", NAME, "DEFAULT:id"]).stdin(Stdio::null()).spawn().unwrap();
+        let child =
+            client(&guest, &["-w", limit, "-d", NAME, "DEFAULT:id"]).stdin(Stdio::null()).spawn().unwrap();
         control_plane::calls::client::control(&guest.state, NAME, Control::Unpause).unwrap();
         let (stream, _) = take_exec(&mut guest);
         assert_eq!(guest.agent.hear(), HostFrame::StdinEof { stream });

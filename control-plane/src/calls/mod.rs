@@ -40,6 +40,7 @@ pub mod ready;
 pub mod reception;
 pub mod requests;
 pub mod service;
+mod supervise;
 pub mod system_log;
 pub mod verdict;
 mod watch;
