@@ -3,15 +3,16 @@
 mod common;
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use common::{program, qubes};
+use common::{program, qubes, LIMIT};
 use control_plane::calls::carry_out::CLONES_MAX;
 use control_plane::clones::{Keeping, Lease};
 use control_plane::daemon::channel::Listener;
@@ -366,4 +367,55 @@ fn a_service_that_is_a_link_is_followed() {
     fs::remove_file(qubes.path("rpc/test.Args")).unwrap();
     symlink(Path::new("/bin/echo"), qubes.path("rpc/test.Args")).unwrap();
     assert_eq!(qubes.call(["work", "dom0", "test.Args+x"]), (0, "x\n".into()));
+}
+
+/// How many processes have this in their command line.
+fn count(marker: &str) -> usize {
+    let output = Command::new("pgrep").args(["-f", marker]).output().unwrap();
+    output.stdout.iter().filter(|byte| **byte == b'\n').count()
+}
+
+/// A holder that is killed can end nothing: the first process of the call does, and has its group killed where it does not heed that.
+#[test]
+fn all_processes_of_a_service_end_with_a_holder_that_is_killed() {
+    let qubes = Setup::new();
+    // Its first process is told and ends, another is told in vain; and one has its own children.
+    let marker = format!("4242.{}", std::process::id());
+    qubes.script(
+        "rpc/test.Args",
+        &format!("(trap '' TERM; exec sleep {marker}1) & (sleep {marker}2; true) & echo runs; exec sleep {marker}3"),
+    );
+    let call = qubes.command(["work", "dom0", "test.Args"]);
+    let mut holder = Command::new("sh");
+    holder.args(["-c", "setsid \"$@\" & wait", "sh"]).arg(call.get_program()).args(call.get_args());
+    holder.envs(call.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut holder =
+        holder.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut out = BufReader::new(holder.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).unwrap();
+    assert_eq!(line, "runs\n");
+    let all = format!("sleep {marker}");
+    let start = Instant::now();
+    while count(&all) < 3 {
+        assert!(start.elapsed() < LIMIT, "{} of 3 started", count(&all));
+    }
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    while count(&all) > 0 {
+        assert!(start.elapsed() < LIMIT, "{} are still there", count(&all));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_service_that_a_signal_ended_is_told_apart_and_its_caller_sees_its_end_of_output_at_once() {
+    let qubes = Setup::new();
+    qubes.script("rpc/test.Args", "echo said; exec >&-; read go; kill -TERM $$");
+    let mut call = qubes.command(["work", "dom0", "test.Args"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    call.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!((said.as_str(), call.try_wait().unwrap()), ("said\n", None));
+    call.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    assert_eq!(call.wait().unwrap().code(), Some(128 + 15));
 }

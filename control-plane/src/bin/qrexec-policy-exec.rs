@@ -1,5 +1,5 @@
 //! `qrexec-policy-exec`: what becomes of a qube's call. The holder of a qube starts one for each call, with the call's streams as its own; it asks
-//! the policy, tells the holder, and becomes what carries the call out.
+//! the policy, tells the holder, and becomes what carries the call out, or has it carried out.
 //!
 //! Invariants: nothing is written to the call's streams here, the guest would hear it, but what a service behind a socket says; what is to be
 //! known is told to the holder, and to the system's log.
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
                 return ExitCode::from(EXIT_PROBLEM);
             }
             let error = match carry_out(carrier, &text) {
-                Ok(()) => return ExitCode::SUCCESS,
+                Ok(status) => return ExitCode::from(status),
                 Err(error) => error,
             };
             system_log::say(NAME, &format!("{text}, but cannot be carried out: {error}"));
@@ -77,7 +77,7 @@ fn main() -> ExitCode {
 }
 
 /// Becomes what carries the call out, or does so itself.
-fn carry_out(carrier: Carrier, text: &str) -> io::Result<()> {
+fn carry_out(carrier: Carrier, text: &str) -> io::Result<u8> {
     match carrier {
         Carrier::Program(mut command) => Err(command.exec()),
         Carrier::InDom0(service) => {

@@ -4,7 +4,6 @@
 //! As in QubesOS/qubes-core-qrexec (daemon/qrexec-daemon.c and qrexec-daemon-common.c 0a5078be, R4.2 and R4.3), but that a rule's `user=`
 //! counts here, and `force-user=` more than it.
 
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -16,6 +15,7 @@ use rpc_service::NotServed;
 
 use super::carry_out::{called, DEFAULT_USER};
 use super::decide::Asked;
+use super::supervise;
 use crate::accounts::uid_of;
 use crate::error::{Error, Kind, Result};
 
@@ -86,19 +86,19 @@ impl InDom0 {
         &self.notes
     }
 
-    /// Serves the call with this process's standard streams: becomes the program, or carries bytes until the call is over. An error says why the
-    /// call has failed.
-    pub fn serve(self) -> std::io::Result<()> {
+    /// Serves the call with this process's standard streams: runs the program, or carries bytes until the call is over. The status is the
+    /// service's; an error says why the call has failed.
+    pub fn serve(self) -> std::io::Result<u8> {
         if let Some(mut session) = self.session {
             // As with Qubes: whatever comes of it, the service is run.
             let _ = session.status();
         }
         match self.work {
-            Work::Program(mut command) => Err(command.exec()),
+            Work::Program(command) => supervise::run(*command),
             Work::Socket { served, descriptor, ends } => {
                 let connection = Connection::open(&served, descriptor.as_deref(), ends)?;
                 let (client_in, client_out) = take_standard_streams()?;
-                connection.carry(client_in, client_out)
+                connection.carry(client_in, client_out).map(|()| 0)
             }
         }
     }
