@@ -15,6 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use call_channel::port::Port;
 use nix::poll::PollFlags;
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
@@ -24,7 +25,6 @@ use rustix::io::FdFlags;
 use rustix::process::{waitid, PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus};
 
 use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
-use super::port::Port;
 use super::{programs, verdict};
 use crate::agent_link::AgentLink;
 use crate::session::SessionError;

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use engine::close;
 use engine::host::{Confinement, HostError};
@@ -20,7 +20,9 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::channel::Channel;
-use super::protocol::{Hello, KeeperHears, KeeperSays, LifelineHears, LifelineSays, Spare, PROTOCOL};
+use super::protocol::{
+    since_boot_ms, Hello, KeeperHears, KeeperSays, LifelineHears, LifelineSays, Spare, PROTOCOL,
+};
 use crate::agent_link::AgentLink;
 use crate::clones::{Keeping, Lease};
 use crate::error::{Error, Kind, Result};
@@ -145,7 +147,7 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
         generation,
         root_hash,
         inputs,
-        ready_ms: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+        ready_ms: since_boot_ms(),
         protocol: PROTOCOL,
     };
     Ok((clone, spare, lease))

@@ -4,6 +4,8 @@
 //! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the
 //! keeper says [`LifelineSays`] and hears [`LifelineHears`].
 
+use std::time::Duration;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -89,11 +91,25 @@ pub struct Spare {
     pub root_hash: String,
     /// The hash of what that savefile was built from.
     pub inputs: String,
-    /// Milliseconds since 1970 at which it was ready.
+    /// Milliseconds since the host's boot, suspended ones among them, at which it was ready: no clock that is set makes it older.
     pub ready_ms: u64,
     /// Its keeper's [`PROTOCOL`]: one from before 2, which does not say it, takes whatever is said on the lifeline for its end.
     #[serde(default)]
     pub protocol: u32,
+}
+
+impl Spare {
+    /// How long ago it was ready.
+    pub fn age(&self) -> Duration {
+        Duration::from_millis(since_boot_ms().saturating_sub(self.ready_ms))
+    }
+}
+
+/// CLOCK_BOOTTIME: the same for every process of the host, and nobody can set it.
+pub fn since_boot_ms() -> u64 {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a keeper says to the daemon.

@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use engine::savefile::RootHash;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -322,10 +322,7 @@ impl Daemon<'_> {
                     self.keepers.remove(at);
                     return;
                 };
-                let now_ms =
-                    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-                let age = Duration::from_millis(now_ms.saturating_sub(spare.ready_ms));
-                let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+                let since = Instant::now().checked_sub(spare.age()).unwrap_or_else(Instant::now);
                 keeper.phase = Phase::Waiting { spare, agent, lifeline, since };
                 if let Some(child) = self.children.get_mut(&(keeper.pid as i32)) {
                     child.ready = true;

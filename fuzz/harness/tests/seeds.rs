@@ -172,6 +172,7 @@ fn write_streams() {
         HostFrame::Warm,
         HostFrame::Freeze,
         HostFrame::Ping(7),
+        HostFrame::ServeCalls,
         HostFrame::Shutdown,
     ];
     let launch = [
@@ -349,6 +350,22 @@ fn write_policies() {
          @anyvm $anyvm deny\n",
     );
     keep("policy_file", "legacy-include", "\u{1}$include:f\n");
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_rpc_services() {
+    let config =
+        "# a comment\r\nwait-for-session = 1 # so\nforce-user='root'\nskip-service-descriptor=true\n\
+                  exit-on-client-eof = false\nexit-on-service-eof=true\nother.key = 42";
+    keep("rpc_service", "config", ["\0", config].concat());
+    for (name, text) in [
+        ("both", "/dev/tcp/127.0.0.1/80\0"),
+        ("port", "/dev/tcp/fe80::1%1\080"),
+        ("none", "/dev/tcp\0++1+22"),
+    ] {
+        keep("rpc_service", name, ["\u{1}", text].concat());
+    }
 }
 
 #[test]
