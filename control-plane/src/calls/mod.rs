@@ -36,6 +36,7 @@ pub mod message;
 pub mod outgoing;
 mod port;
 pub mod programs;
+mod rate;
 pub mod ready;
 pub mod reception;
 pub mod requests;
