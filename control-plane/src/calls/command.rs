@@ -135,7 +135,11 @@ impl Command {
             GuestFrame::StderrEof { .. } if !self.is_main() => self.stderr.end(),
             GuestFrame::StdinCredit { bytes, .. } => self.stdin.credit(bytes)?,
             GuestFrame::StdinClosed { .. } => drop(self.stdin.close()),
-            GuestFrame::Exited { exit, .. } => self.exit = Some(exit),
+            GuestFrame::Exited { exit, .. } => {
+                self.exit = Some(exit);
+                self.stdout.end();
+                self.stderr.end();
+            }
             _ => {}
         }
         Ok(())
