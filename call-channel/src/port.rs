@@ -1,8 +1,9 @@
 //! One end of a stream of somebody else's, made so that using it never blocks.
 //!
 //! Invariant: no descriptor that may be shared with others is made non-blocking. A pipe or terminal is opened a second time instead, to have an
-//! open file description of our own; a socket is asked each time not to block; a file that may hang is a thread's ([`file`]). What cannot be opened again is used only when poll says so,
-//! and then for no more than a pipe takes without blocking ([`POLLED_BYTES`]), and by one at a time.
+//! open file description of our own; a socket is asked each time not to block; a file that may hang can be a thread's (`file`). What cannot be
+//! opened again is used only when poll says so, and then for no more than a pipe takes without blocking ([`POLLED_BYTES`]), and by one at a
+//! time.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -41,14 +42,30 @@ enum Kind {
 }
 
 impl Port {
-    /// To read from `fd`.
+    /// To read from `fd`. A file is read at once, however long that takes.
     pub fn input(fd: BorrowedFd<'_>) -> io::Result<Port> {
         Port::of(fd, OFlags::RDONLY)
     }
 
-    /// To write to `fd`.
+    /// To write to `fd`. A file is written at once, however long that takes.
     pub fn output(fd: BorrowedFd<'_>) -> io::Result<Port> {
         Port::of(fd, OFlags::WRONLY)
+    }
+
+    /// To read from `fd`, for a loop that others wait for: a file that may hang is left to a thread.
+    pub fn patient_input(fd: BorrowedFd<'_>) -> io::Result<Port> {
+        match file::may_hang(fd)? {
+            true => Port::own(file::reader(fd.try_clone_to_owned()?)?),
+            false => Port::input(fd),
+        }
+    }
+
+    /// To write to `fd`, for a loop that others wait for. Such a loop has to [`Port::finish`], lest it end before the thread has.
+    pub fn patient_output(fd: BorrowedFd<'_>) -> io::Result<Port> {
+        match file::may_hang(fd)? {
+            true => Ok(Port { fd: file::writer(fd.try_clone_to_owned()?)?, kind: Kind::File }),
+            false => Port::output(fd),
+        }
     }
 
     /// A descriptor that nobody else has.
@@ -69,16 +86,7 @@ impl Port {
                 Some(fd) => return Ok(Port { fd, kind: Kind::Free }),
                 None => Kind::Polled,
             },
-            kind @ (FileType::RegularFile | FileType::BlockDevice)
-                if kind == FileType::BlockDevice || file::may_hang(fd) =>
-            {
-                let own = fd.try_clone_to_owned()?;
-                return match access {
-                    OFlags::RDONLY => Port::own(file::reader(own)?),
-                    _ => Ok(Port { fd: file::writer(own)?, kind: Kind::File }),
-                };
-            }
-            FileType::RegularFile | FileType::Directory => Kind::Free,
+            FileType::RegularFile | FileType::Directory | FileType::BlockDevice => Kind::Free,
             // An eventfd, a timer, a watch: they have no file, and may block.
             _ => Kind::Polled,
         };
@@ -112,16 +120,14 @@ impl Port {
             }
         }
     }
-}
 
-impl Port {
     /// Says that nothing more is written. Whether that takes its time: then it hangs up.
-    pub(super) fn finish(&self) -> bool {
+    pub fn finish(&self) -> bool {
         self.kind == Kind::File && rustix::net::shutdown(&self.fd, Shutdown::Write).is_ok()
     }
 
     /// Why one that has hung up takes no more, if it says so.
-    pub(super) fn failure(&self) -> Option<Errno> {
+    pub fn failure(&self) -> Option<Errno> {
         let mut number = [0; 4];
         let told = self.kind == Kind::File && self.read(&mut number) == Ok(number.len());
         told.then(|| Errno::from_raw(i32::from_ne_bytes(number)))

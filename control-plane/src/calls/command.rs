@@ -60,7 +60,8 @@ impl Command {
         whose: Whose,
         [stdin, stdout, stderr]: [BorrowedFd<'_>; 3],
     ) -> std::io::Result<Command> {
-        let ports = (Port::input(stdin)?, Port::output(stdout)?, Port::output(stderr)?);
+        let ports =
+            (Port::patient_input(stdin)?, Port::patient_output(stdout)?, Port::patient_output(stderr)?);
         Ok(Command {
             stdin: Input::new(Some(ports.0)),
             stdout: Output::new(Some(ports.1)),

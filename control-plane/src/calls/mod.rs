@@ -30,7 +30,6 @@ pub mod client;
 mod command;
 pub mod decide;
 pub mod exchange;
-mod file;
 mod flow;
 pub mod in_dom0;
 pub mod message;

@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use nix::errno::Errno;
-use rustix::fs::{fstatfs, FsWord};
+use rustix::fs::{fstat, fstatfs, FileType, FsWord};
 
 /// A pipe's worth.
 const PIECE_BYTES: usize = 64 << 10;
@@ -31,14 +31,18 @@ const OWN: [u64; 11] = [
     0xe0f5_e1e2,
 ];
 
-/// Whether using it may take for ever.
-pub(super) fn may_hang(file: impl AsFd) -> bool {
+/// Whether it is a file, and using it may take for ever.
+pub(crate) fn may_hang(fd: impl AsFd) -> io::Result<bool> {
     let kind = |kind: FsWord| u64::from(kind as u32);
-    !fstatfs(file).is_ok_and(|there| OWN.contains(&kind(there.f_type)))
+    Ok(match FileType::from_raw_mode(fstat(&fd)?.st_mode) {
+        FileType::BlockDevice => true,
+        FileType::RegularFile => !fstatfs(fd).is_ok_and(|there| OWN.contains(&kind(there.f_type))),
+        _ => false,
+    })
 }
 
 /// What to read in the file's place.
-pub(super) fn reader(file: OwnedFd) -> io::Result<OwnedFd> {
+pub(crate) fn reader(file: OwnedFd) -> io::Result<OwnedFd> {
     let (ours, mut theirs) = pipe()?;
     let mut file = File::from(file);
     // What cannot be read has ended.
@@ -48,7 +52,7 @@ pub(super) fn reader(file: OwnedFd) -> io::Result<OwnedFd> {
 
 /// What to write to in the file's place. It hangs up when the file has all that was written until it was shut down, or takes no more, and then it says
 /// why not: the system's number, as an i32.
-pub(super) fn writer(file: OwnedFd) -> io::Result<OwnedFd> {
+pub(crate) fn writer(file: OwnedFd) -> io::Result<OwnedFd> {
     let (ours, mut theirs) = UnixStream::pair()?;
     let mut file = File::from(file);
     spawn(move || {
