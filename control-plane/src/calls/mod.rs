@@ -35,6 +35,7 @@ pub mod in_dom0;
 pub mod message;
 pub mod outgoing;
 pub mod programs;
+mod rate;
 pub mod ready;
 pub mod reception;
 pub mod requests;
