@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use call_channel::port::Port;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
@@ -10,7 +11,6 @@ use qrexec::{Exit, GuestFrame, HostFrame};
 
 use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
 use super::message::Answer;
-use super::port::Port;
 use crate::agent_link::AgentLink;
 use crate::daemon::channel::Channel;
 use crate::session::SessionError;

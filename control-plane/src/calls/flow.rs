@@ -3,11 +3,10 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use call_channel::port::Port;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use qrexec::{ProtocolError, ReceiveWindow, SendWindow};
-
-use super::port::Port;
 
 /// How much is read at once: a pipe's worth, a frame's worth.
 pub(super) const READ_BYTES: usize = 64 << 10;

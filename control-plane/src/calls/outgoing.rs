@@ -58,12 +58,16 @@ struct CallOut {
 
 impl Outgoing {
     pub(super) fn of(state: &State, name: &str) -> Outgoing {
-        Outgoing { caller: Some((state.clone(), name.to_owned())), ..Outgoing::refused() }
+        Outgoing::by(Some((state.clone(), name.to_owned())))
     }
 
     /// Refuses every call.
     pub(super) fn refused() -> Outgoing {
-        Outgoing { caller: None, calls: BTreeMap::new(), elsewhere: 0, refusals: Refusals::none() }
+        Outgoing::by(None)
+    }
+
+    fn by(caller: Option<(State, String)>) -> Outgoing {
+        Outgoing { caller, calls: BTreeMap::new(), elsewhere: 0, refusals: Refusals::none() }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -113,9 +117,11 @@ impl Outgoing {
             return Err(ProtocolError::Stream { frame: "Call", stream }.into());
         }
         let started = match &self.caller {
-            Some((state, name)) if self.calls.len() + self.elsewhere < CALLS_OUT_MAX => CallOut::start(state, name, call)
-                .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
-                .ok(),
+            Some((state, name)) if self.calls.len() + self.elsewhere < CALLS_OUT_MAX => {
+                CallOut::start(state, name, call)
+                    .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
+                    .ok()
+            }
             _ => None,
         };
         match started {

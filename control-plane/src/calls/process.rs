@@ -12,6 +12,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use call_channel::port::Port;
 use nix::poll::PollFlags;
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
@@ -21,9 +22,8 @@ use rustix::fs::OFlags;
 use rustix::io::FdFlags;
 use rustix::process::{waitid, PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus};
 
-use super::port::Port;
-use super::verdict::{self, Refusals, Verdict};
 use super::programs;
+use super::verdict::{self, Refusals, Verdict};
 use crate::state::State;
 
 /// How long a call's processes may take to end after SIGTERM, before SIGKILL.

@@ -20,9 +20,9 @@ const POLLED_BYTES: usize = 4096;
 const MEMORY_DEVICES: u32 = 1;
 const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143;
 
-/// See the module.
+/// One end of a stream; see the module.
 #[derive(Debug)]
-pub(super) struct Port {
+pub struct Port {
     fd: OwnedFd,
     kind: Kind,
 }
@@ -38,17 +38,17 @@ enum Kind {
 
 impl Port {
     /// To read from `fd`.
-    pub(super) fn input(fd: BorrowedFd<'_>) -> io::Result<Port> {
+    pub fn input(fd: BorrowedFd<'_>) -> io::Result<Port> {
         Port::of(fd, OFlags::RDONLY)
     }
 
     /// To write to `fd`.
-    pub(super) fn output(fd: BorrowedFd<'_>) -> io::Result<Port> {
+    pub fn output(fd: BorrowedFd<'_>) -> io::Result<Port> {
         Port::of(fd, OFlags::WRONLY)
     }
 
     /// A descriptor that nobody else has.
-    pub(super) fn own(fd: OwnedFd) -> io::Result<Port> {
+    pub fn own(fd: OwnedFd) -> io::Result<Port> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         Ok(Port { fd, kind: Kind::Free })
@@ -73,11 +73,12 @@ impl Port {
     }
 
     /// Whether it may be used only once between two polls, for others may be the same pipe.
-    pub(super) fn is_polled(&self) -> bool {
+    pub fn is_polled(&self) -> bool {
         self.kind == Kind::Polled
     }
 
-    pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
+    /// Reads what there is.
+    pub fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
         match self.kind {
             Kind::Free | Kind::Polled => nix::unistd::read(self.fd.as_raw_fd(), buffer),
             Kind::Socket => match rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT) {
@@ -87,7 +88,8 @@ impl Port {
         }
     }
 
-    pub(super) fn write(&self, bytes: &[u8]) -> nix::Result<usize> {
+    /// Writes what fits.
+    pub fn write(&self, bytes: &[u8]) -> nix::Result<usize> {
         match self.kind {
             Kind::Free => nix::unistd::write(&self.fd, bytes),
             Kind::Polled => nix::unistd::write(&self.fd, bytes.get(..POLLED_BYTES).unwrap_or(bytes)),
