@@ -241,8 +241,7 @@ fn converse(
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
     let name = launched.number.to_string();
     let channels = machine.call_channels(state, launched.number.get());
-    let mut exchange =
-        Exchange::or_without_calls(state, &name, link).with_channels(state, &name, channels);
+    let mut exchange = Exchange::or_without_calls(state, &name, link).with_channels(state, &name, channels);
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
     let mut noted;

@@ -80,7 +80,10 @@ impl Agent {
                 return ToAgent::parse(&raw).unwrap();
             }
             let mut buffer = [0; 4096];
-            let count = self.stream.read(&mut buffer).expect("a message from the holder");
+            let count = match self.stream.read(&mut buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read.expect("a message from the holder"),
+            };
             assert!(count > 0, "the holder has hung up");
             self.unread.extend(&buffer[..count]);
         }
@@ -191,9 +194,14 @@ fn setup() {
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder).unwrap();
         let program = folder.join("qrexec-policy-exec");
-        let text = "#!/bin/sh\n[ \"$3 $4\" = '--serve 7' ] || exec printf '%s' '-not to be served' >&$DISPVM_CALL_VERDICT\n\
-            case \"$*\" in *test.No) printf '%s' '-no' >&$DISPVM_CALL_VERDICT; exit 126;; esac\n\
-            eval \"printf '=77 5 a rule' >&$DISPVM_CALL_VERDICT; exec $DISPVM_CALL_VERDICT>&-\"\nexec sleep 60\n";
+        let text = r#"#!/bin/sh
+verdict=/proc/self/fd/$DISPVM_CALL_VERDICT
+case "$*" in
+*--serve\ 7*test.No) printf '%s' '-no' >$verdict; exit 126;;
+*--serve\ 7*) printf '%s' '=77 5 a rule' >$verdict; exec sleep 60;;
+*) printf '%s' '-not to be served' >$verdict;;
+esac
+"#;
         fs::write(&program, text).unwrap();
         fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
         let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
@@ -209,7 +217,13 @@ fn exec(port: u32) -> ToAgent {
 #[test]
 fn a_callers_command_has_a_port_of_its_own_until_both_have_let_go_of_it() {
     let (lab, mut agent) = Lab::agreed();
-    let callers: Vec<Channel> = (513..516).map(|port| { let caller = lab.serves(); assert_eq!(agent.hear(), exec(port)); caller }).collect();
+    let callers: Vec<Channel> = (513..516)
+        .map(|port| {
+            let caller = lab.serves();
+            assert_eq!(agent.hear(), exec(port));
+            caller
+        })
+        .collect();
     assert_eq!(lab.ports(), [513, 514, 515]);
     assert_eq!(lab.published.lock().unwrap()[&514], Offer { grant: 9, port: 5 });
     assert_eq!(client::status(&lab.guest.state, SOURCE).unwrap().commands, 3);
@@ -232,7 +246,8 @@ fn a_callers_command_has_a_port_of_its_own_until_both_have_let_go_of_it() {
 fn a_call_of_the_guests_is_connected_refused_and_ended() {
     let (lab, mut agent) = Lab::agreed();
     agent.asks("test.Yes", "SOCKET11");
-    let connect = ToAgent::ServiceConnect(Endpoint { domain: 0, port: 513 }, RequestId::new("SOCKET11").unwrap());
+    let connect =
+        ToAgent::ServiceConnect(Endpoint { domain: 0, port: 513 }, RequestId::new("SOCKET11").unwrap());
     assert_eq!(agent.hear(), connect);
     assert_eq!(lab.published.lock().unwrap()[&513], Offer { grant: 77, port: 5 });
     agent.asks("../bin/sh", "SOCKET12");

@@ -53,9 +53,8 @@ impl CallGuest {
     /// Tells the guest of what is served to it at a port of dom0's. Whoever sees the grant can read the event channel.
     pub fn publish(&self, port: u32, offer: Offer) -> io::Result<()> {
         let readable = [Perm::new(0, Access::None), Perm::new(self.domid.0, Access::Read)];
-        let node = |name: &str, value: u32| {
-            Node::new(format!("{}/{name}", self.path(port)), value).with(&readable)
-        };
+        let node =
+            |name: &str, value: u32| Node::new(format!("{}/{name}", self.path(port)), value).with(&readable);
         let nodes = [node(EVENT_CHANNEL, offer.port), node(RING_REF, offer.grant)];
         self.store.write_all(&nodes).map_err(io::Error::other)
     }

@@ -1,7 +1,7 @@
 //! A call's bytes over a vchan that we serve to the guest: what the process of a caller, or of a service, does while the holder looks on.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -60,12 +60,11 @@ pub fn answer(link: Link, program: Result<Command, u8>, signals: &Signals) -> Re
 fn start(mut program: Command) -> io::Result<Running> {
     let (errors, writer) = io::pipe()?;
     let nothing = std::fs::File::open("/dev/null")?;
-    let stderr = std::os::fd::AsRawFd::as_raw_fd(&io::stderr());
-    let raw = std::os::fd::AsRawFd::as_raw_fd;
-    dup2(raw(&writer), stderr)?;
+    let stderr = io::stderr().as_raw_fd();
+    dup2(writer.as_raw_fd(), stderr)?;
     drop(writer);
     let child: io::Result<Child> = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-    dup2(raw(&nothing), stderr)?;
+    dup2(nothing.as_raw_fd(), stderr)?;
     let mut running = Running::of(child?)?;
     running.streams.stderr = Some(call_channel::port::Port::own(errors.into())?);
     Ok(running)

@@ -441,7 +441,8 @@ fn write_calls() {
     for version in [Version::V2, Version::V3, Version::V4] {
         let mut bytes = vec![200];
         version.encode_hello(&mut bytes);
-        let ends = [FromAgent::ConnectionTerminated(endpoint(0)), FromAgent::ConnectionTerminated(endpoint(4))];
+        let ends =
+            [FromAgent::ConnectionTerminated(endpoint(0)), FromAgent::ConnectionTerminated(endpoint(4))];
         for message in [trigger(b"qubes.OpenURL", b""), trigger(b"../x", b"")].iter().chain(&ends) {
             message.encode(version, &mut bytes).unwrap();
         }

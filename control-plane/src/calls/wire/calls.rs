@@ -53,12 +53,9 @@ enum Whose {
 }
 
 impl Calls {
-    pub(super) fn new(caller: (State, String)) -> Calls {
-        Calls { caller: Some(caller), ..Calls::none() }
-    }
-
-    pub(super) fn none() -> Calls {
-        Calls { caller: None, calls: BTreeMap::new(), last: 0, ports: Ports::default() }
+    /// Of a guest that is held under this name.
+    pub(super) fn of(caller: Option<(State, String)>) -> Calls {
+        Calls { caller, calls: BTreeMap::new(), last: 0, ports: Ports::default() }
     }
 
     /// Commands of callers, and calls of the guest.
@@ -87,12 +84,7 @@ impl Calls {
     }
 
     /// Has the policy asked about a call that the guest wants. The error is a request to refuse.
-    pub(super) fn ask(
-        &mut self,
-        asked: Asked,
-        domain: u16,
-        other: &mut Outgoing,
-    ) -> Result<(), RequestId> {
+    pub(super) fn ask(&mut self, asked: Asked, domain: u16, other: &mut Outgoing) -> Result<(), RequestId> {
         let Asked { target, service, request } = asked;
         let Some((state, name)) = &self.caller else { return Err(request) };
         if self.counts().1 + other.count() >= CALLS_OUT_MAX {
@@ -185,8 +177,7 @@ impl Calls {
                         Verdict::Accepted(offer) => offer.filter(|_| process.exit().is_none()),
                         Verdict::Refused => None,
                     };
-                    call.port =
-                        offer.and_then(|offer| publish(&mut self.ports, guest, offer, refusals));
+                    call.port = offer.and_then(|offer| publish(&mut self.ports, guest, offer, refusals));
                     let answered = match (request.take(), control, call.port) {
                         (Some(request), Some(control), Some(port)) => control.connect(port, request).is_ok(),
                         (Some(request), Some(control), None) => {
@@ -265,12 +256,7 @@ fn serving(channel: &Channel) -> Option<Offer> {
 }
 
 /// Tells the guest of a vchan: the port.
-fn publish(
-    ports: &mut Ports,
-    guest: &mut dyn Vchans,
-    offer: Offer,
-    refusals: &mut Refusals,
-) -> Option<u32> {
+fn publish(ports: &mut Ports, guest: &mut dyn Vchans, offer: Offer, refusals: &mut Refusals) -> Option<u32> {
     let Some(port) = ports.take() else {
         refusals.log("a call was refused: the guest has let go of none of the channels that calls had");
         return None;

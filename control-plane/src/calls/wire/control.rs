@@ -157,14 +157,21 @@ mod tests {
         for (number, version) in [(2, Version::V2), (3, Version::V3), (9, Version::V4)] {
             let mut bytes = hello(number);
             trigger("test.Who+x", "").encode(version, &mut bytes).unwrap();
-            FromAgent::ConnectionTerminated(Endpoint { domain: 0, port: 520 }).encode(version, &mut bytes).unwrap();
-            FromAgent::ConnectionTerminated(Endpoint { domain: 4, port: 520 }).encode(version, &mut bytes).unwrap();
+            FromAgent::ConnectionTerminated(Endpoint { domain: 0, port: 520 })
+                .encode(version, &mut bytes)
+                .unwrap();
+            FromAgent::ConnectionTerminated(Endpoint { domain: 4, port: 520 })
+                .encode(version, &mut bytes)
+                .unwrap();
             let mut control = Control::new();
             let heard = all(&mut control, &bytes).unwrap();
             assert_eq!(heard.len(), 3);
             assert_eq!((&heard[0], &heard[2]), (&Heard::Agreed(version), &Heard::Terminated(520)));
             let Heard::Asked(asked) = &heard[1] else { panic!("{heard:?}") };
-            assert_eq!((asked.target.to_string(), asked.service.to_string()), ("dom0".into(), "test.Who+x".into()));
+            assert_eq!(
+                (asked.target.to_string(), asked.service.to_string()),
+                ("dom0".into(), "test.Who+x".into())
+            );
             control.sent(control.unsent().len());
             control.connect(513, asked.request.clone()).unwrap();
             assert_eq!(control.unsent()[..4], 0x202u32.to_le_bytes());

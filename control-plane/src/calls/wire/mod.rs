@@ -99,12 +99,12 @@ pub(super) enum Wants {
 impl Wire {
     /// For the guest that `finder` finds, held as `caller`.
     pub(super) fn new(finder: Option<Finder>, caller: (State, String)) -> Wire {
-        Wire { finder, guest: None, channel: None, opens: None, calls: Calls::new(caller) }
+        Wire { finder, guest: None, channel: None, opens: None, calls: Calls::of(Some(caller)) }
     }
 
     /// None at all.
     pub(super) fn none() -> Wire {
-        Wire { finder: None, guest: None, channel: None, opens: None, calls: Calls::none() }
+        Wire { finder: None, guest: None, channel: None, opens: None, calls: Calls::of(None) }
     }
 
     /// The guest runs freely now.
