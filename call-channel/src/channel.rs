@@ -1,6 +1,7 @@
 //! The bytes to the peer.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
@@ -19,7 +20,7 @@ pub struct Wants {
     pub room: bool,
 }
 
-/// A stream of bytes each way, whose calls never block. Dropping it hangs up.
+/// A stream of bytes each way, whose calls never block.
 pub trait Channel {
     /// Reads what there is; 0: nothing now. An error, [`ErrorKind::UnexpectedEof`] among them, comes when the peer has gone and all is read.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize>;
@@ -33,6 +34,8 @@ pub trait Channel {
     fn hear(&mut self);
     /// Whether the peer is known to have gone, whatever it has left to read.
     fn is_gone(&self) -> bool;
+    /// Tells the peer that this end goes. Nothing is read or written afterwards.
+    fn hang_up(&mut self);
 }
 
 impl<C: Channel + ?Sized> Channel for Box<C> {
@@ -53,6 +56,9 @@ impl<C: Channel + ?Sized> Channel for Box<C> {
     }
     fn is_gone(&self) -> bool {
         (**self).is_gone()
+    }
+    fn hang_up(&mut self) {
+        (**self).hang_up();
     }
 }
 
@@ -96,6 +102,10 @@ impl Channel for Link {
 
     fn is_gone(&self) -> bool {
         self.end.peer() == Peer::Gone
+    }
+
+    fn hang_up(&mut self) {
+        Link::hang_up(self);
     }
 }
 
@@ -146,6 +156,11 @@ impl Channel for Socket {
     /// A socket tells it only behind what is left to read.
     fn is_gone(&self) -> bool {
         false
+    }
+
+    fn hang_up(&mut self) {
+        // Fails where the peer was first.
+        let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{Broken, Came, Slot, Streams, PIECE_BYTES, ROUNDS, SLOTS};
 const EXIT_UNREAD: i32 = 141;
 
 /// See the module.
-pub struct Client<C> {
+pub struct Client<C: Channel> {
     wire: Wire<C>,
     end: ClientEnd,
     stdin: Source,
@@ -51,9 +51,10 @@ impl<C: Channel> Client<C> {
         self.agreed
     }
 
-    /// The channel.
-    pub fn channel(&self) -> &C {
-        self.wire.channel()
+    /// Forgets the channel without touching it, for one that a suspend of this domain has ended (`vchan::link::Link::abandon` says why). What it
+    /// was mapped in stays until the process ends.
+    pub fn abandon(self) {
+        std::mem::forget(self.wire);
     }
 
     /// What to wait for.

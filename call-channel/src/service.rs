@@ -21,7 +21,7 @@ use crate::{Broken, Came, Slot, Streams, PIECE_BYTES, ROUNDS, SLOTS};
 const LINGER: Duration = Duration::from_millis(100);
 
 /// See the module.
-pub struct Service<C> {
+pub struct Service<C: Channel> {
     wire: Wire<C>,
     end: ServiceEnd,
     state: State,
@@ -80,9 +80,10 @@ impl<C: Channel> Service<C> {
         self.state != State::Fresh
     }
 
-    /// The channel.
-    pub fn channel(&self) -> &C {
-        self.wire.channel()
+    /// Forgets the channel without touching it, for one that a suspend of this domain has ended (`vchan::link::Link::abandon` says why). What it
+    /// was mapped in stays until the process ends.
+    pub fn abandon(self) {
+        std::mem::forget(self.wire);
     }
 
     /// A program runs, with these at the other ends of its pipes. Legal once, after [`Step::Agreed`].

@@ -5,8 +5,8 @@ use std::io;
 use crate::channel::{Channel, Wants};
 use crate::PIECE_BYTES;
 
-/// A channel and what waits at it.
-pub struct Wire<C> {
+/// A channel and what waits at it. Dropping it hangs up.
+pub struct Wire<C: Channel> {
     channel: C,
     piece: Vec<u8>,
     /// Where in the piece the bytes are that have not been looked at.
@@ -95,5 +95,11 @@ impl<C: Channel> Wire<C> {
     /// The channel, to tell it what poll said.
     pub fn channel_mut(&mut self) -> &mut C {
         &mut self.channel
+    }
+}
+
+impl<C: Channel> Drop for Wire<C> {
+    fn drop(&mut self) {
+        self.channel.hang_up();
     }
 }

@@ -80,36 +80,6 @@ impl Memory {
     }
 }
 
-/// Says good-bye as the kernel does for a link that is dropped.
-struct Hanging(Option<Link>);
-
-impl Drop for Hanging {
-    fn drop(&mut self) {
-        self.0.iter().for_each(Link::hang_up);
-    }
-}
-
-impl call_channel::Channel for Hanging {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.0.as_mut().unwrap().read(buffer)
-    }
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.as_mut().unwrap().write(bytes)
-    }
-    fn ask(&self, wants: call_channel::Wants) -> bool {
-        self.0.as_ref().unwrap().ask(wants)
-    }
-    fn slot(&self, wants: call_channel::Wants) -> call_channel::Slot<'_> {
-        self.0.as_ref().unwrap().slot(wants)
-    }
-    fn hear(&mut self) {
-        call_channel::Channel::hear(self.0.as_mut().unwrap());
-    }
-    fn is_gone(&self) -> bool {
-        self.0.as_ref().unwrap().is_gone()
-    }
-}
-
 fn shell(line: &str) -> Running {
     let mut command = Command::new("sh");
     command.args(["-c", line]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -120,7 +90,7 @@ fn shell(line: &str) -> Running {
 fn serve(memory: &Memory, line: &'static str, after: Duration) -> Result<i32, Broken> {
     thread::sleep(after);
     let watch = Watch { hello_by: Some(Instant::now() + LIMIT), until: None };
-    run_service(Hanging(Some(memory.client())), || Ok(shell(line)), watch)
+    run_service(memory.client(), || Ok(shell(line)), watch)
 }
 
 fn there_and_back(orders: Orders, bytes: usize) {
@@ -134,7 +104,7 @@ fn there_and_back(orders: Orders, bytes: usize) {
     thread::scope(|scope| {
         let service = scope.spawn(move || serve(memory, "cat; exit 5", Duration::from_millis(20)));
         scope.spawn(move || to.write_all(sent).unwrap());
-        let client = scope.spawn(move || run_client(Hanging(Some(server)), streams, Watch::default()));
+        let client = scope.spawn(move || run_client(server, streams, Watch::default()));
         let mut heard = Vec::new();
         out.read_to_end(&mut heard).unwrap();
         assert!(heard == *sent);
@@ -155,7 +125,7 @@ fn and_through_small_ones() {
 #[test]
 fn a_server_that_goes_ends_a_program_that_sleeps() {
     let memory = Memory::new();
-    let server = Hanging(Some(memory.server(LARGE)));
+    let server = memory.server(LARGE);
     let (read, hang_up) = pipe().unwrap();
     let started = Instant::now();
     thread::scope(|scope| {
@@ -201,8 +171,7 @@ fn nobody_who_sleeps_uses_the_processor() {
     let streams = Streams { stdin: Some(Port::own(stdin.into()).unwrap()), ..Streams::default() };
     thread::scope(|scope| {
         let service = scope.spawn(|| (serve(&memory, "cat; cat", Duration::ZERO), used()));
-        let client =
-            scope.spawn(move || (run_client(Hanging(Some(server)), streams, Watch::default()), used()));
+        let client = scope.spawn(move || (run_client(server, streams, Watch::default()), used()));
         thread::sleep(Duration::from_secs(1));
         drop(to);
         for (ended, used) in [client.join().unwrap(), service.join().unwrap()] {

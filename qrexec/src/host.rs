@@ -26,7 +26,8 @@ pub enum HostFrame {
     Shutdown,
     /// Answered by `Pong` with the same number.
     Ping(u64),
-    /// Offer the channel by which calls are made in Qubes' own protocol. Not answered: the offer is.
+    /// Offer dom0 the control channel of Qubes' own protocol (`stock`), by which calls go from then on: to a guest that runs, on Xen. Answered
+    /// once the offer stands, this agent's or that of Qubes' own one in the guest.
     ServeCalls,
     /// Run a command on a stream of its own. Answered by its output and `Exited`, or by `Failed` on that stream.
     Exec {

@@ -244,6 +244,9 @@ impl Hub {
                 timeline.mark("thawed");
             }
             GuestFrame::Failed { failed, .. } if failed.op == Some(Op::Shutdown) => self.stay_up(failed),
+            GuestFrame::Failed { failed, .. } if failed.op == Some(Op::ServeCalls) => {
+                self.wire.not_offered(&failed_text(failed));
+            }
             GuestFrame::Failed { failed, .. } => return Err(SessionError::NotStarted(failed_text(failed))),
             _ => {}
         }

@@ -172,6 +172,7 @@ fn write_streams() {
         HostFrame::Warm,
         HostFrame::Freeze,
         HostFrame::Ping(7),
+        HostFrame::ServeCalls,
         HostFrame::Shutdown,
     ];
     let launch = [

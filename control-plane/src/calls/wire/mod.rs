@@ -114,6 +114,13 @@ impl Wire {
         }
     }
 
+    /// The agent cannot offer its channel. Told once, whatever the guest repeats.
+    pub(super) fn not_offered(&mut self, why: &str) {
+        if self.channel.take_if(|joined| !joined.control.is_agreed()).is_some() {
+            tracing::warn!("the guest's calls have no channels of their own: {why}");
+        }
+    }
+
     /// Commands of callers, and calls of the guest's own.
     pub(super) fn counts(&self) -> (usize, usize) {
         self.calls.counts()
