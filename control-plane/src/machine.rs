@@ -1,5 +1,6 @@
 //! The hypervisor of this machine and the limits of a clone on it.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use engine::host::{Confinement, GuestSpec, Host};
@@ -12,6 +13,7 @@ use xen_glue::host::XenHost;
 use xen_glue::owner::Owner;
 
 use crate::agent_link::Limits;
+use crate::calls::wire::{Finder, Vchans};
 use crate::clones;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
@@ -42,6 +44,9 @@ pub trait Machine: Send + Sync {
 
     /// How long the agents of its guests may take.
     fn agent_limits(&self) -> Limits;
+
+    /// Finds the guest of a slot where calls have a channel each; `None`: this machine has none such.
+    fn call_channels(&self, state: &State, slot: u32) -> Option<Finder>;
 }
 
 /// Memory where clones take it from.
@@ -137,6 +142,14 @@ impl Machine for ThisMachine {
 
     fn agent_limits(&self) -> Limits {
         Limits::default()
+    }
+
+    fn call_channels(&self, state: &State, slot: u32) -> Option<Finder> {
+        let state = state.clone();
+        Some(Box::new(move || {
+            let Some(xen) = xen(&state).map_err(io::Error::other)? else { return Ok(None) };
+            Ok(xen.call_guest(slot)?.map(|guest| Box::new(guest) as Box<dyn Vchans>))
+        }))
     }
 }
 

@@ -48,6 +48,9 @@ pub mod shared;
 /// anything else, and has no further meaning.
 pub const PORT: u16 = 3349;
 
+/// The port of Qubes' own agent, at which it takes orders.
+pub const QREXEC_PORT: u16 = 512;
+
 /// Where the agent offers its channel, below its domain's node: `data/vchan/<the client's domid>/<port>`, as Qubes' libvchan has
 /// it. Dom0 is the client.
 pub const OFFER: &str = "data/vchan/0/3349";

@@ -10,10 +10,11 @@ use std::process::{Command, ExitCode};
 use clap::Parser;
 use control_plane::calls::decide::{self, Asked, Rules};
 use control_plane::calls::verdict::Teller;
-use control_plane::calls::{carry_out, service, system_log};
+use control_plane::calls::{carriage, carry_out, service, system_log};
 use control_plane::cli::{generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::output::error_text;
+use control_plane::session::Signals;
 use nix::sys::signal::SigSet;
 use qrexec::service::{Target, EXIT_NOT_FOUND, EXIT_PROBLEM, EXIT_REFUSED};
 
@@ -29,6 +30,9 @@ const NAME: &str = "qrexec-policy-exec";
 struct Options {
     #[command(flatten)]
     common: Common,
+    /// Carry the call's streams over a vchan that is served to this domain, in place of standard input and output
+    #[arg(long, value_name = "DOMAIN", hide = true)]
+    serve: Option<u16>,
     /// The qube that calls
     source: String,
     /// Whom it calls, as it says
@@ -52,23 +56,55 @@ fn main() -> ExitCode {
     let _ = SigSet::all().thread_unblock();
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
     match prepare(&options) {
-        Ok((text, Some(mut command))) => {
-            if !tell(&mut teller, true, &text) {
-                return ExitCode::from(EXIT_PROBLEM);
-            }
-            let error = command.exec();
-            system_log::say(NAME, &format!("{text}, but cannot be run: {error}"));
-            ExitCode::from(EXIT_PROBLEM)
-        }
-        Ok((text, None)) => {
-            tell(&mut teller, true, &format!("{text}: there is no such service"));
-            ExitCode::from(EXIT_NOT_FOUND)
-        }
+        Ok((text, program)) => match options.serve {
+            Some(domain) => serve(&mut teller, domain, &text, program),
+            None => become_it(&mut teller, &text, program),
+        },
         Err(error) => {
             tell(&mut teller, false, &error_text(&error));
             ExitCode::from(EXIT_REFUSED)
         }
     }
+}
+
+/// Has the call's streams as its own.
+fn become_it(teller: &mut Teller, text: &str, program: Option<Command>) -> ExitCode {
+    let Some(mut command) = program else {
+        tell(teller, true, &no_service(text));
+        return ExitCode::from(EXIT_NOT_FOUND);
+    };
+    if !tell(teller, true, text) {
+        return ExitCode::from(EXIT_PROBLEM);
+    }
+    let error = command.exec();
+    system_log::say(NAME, &format!("{text}, but cannot be run: {error}"));
+    ExitCode::from(EXIT_PROBLEM)
+}
+
+/// Has the call's streams over a vchan, and the program below itself.
+fn serve(teller: &mut Teller, domain: u16, text: &str, program: Option<Command>) -> ExitCode {
+    let served = Signals::block().and_then(|signals| Ok((signals, carriage::serve(domain)?)));
+    let (signals, (link, offer)) = match served {
+        Ok(served) => served,
+        Err(error) => {
+            tell(teller, false, &format!("{text}, but its channel cannot be served: {error}"));
+            return ExitCode::from(EXIT_PROBLEM);
+        }
+    };
+    let text = if program.is_some() { text.to_owned() } else { no_service(text) };
+    system_log::say(NAME, &text);
+    if !teller.tell_served(offer, &one_line(&text)) {
+        return ExitCode::from(EXIT_PROBLEM);
+    }
+    match carriage::answer(link, program.ok_or(EXIT_NOT_FOUND), &signals) {
+        Ok(status) => ExitCode::from(status),
+        // Its end is the caller's doing, or the holder's.
+        Err(_) => ExitCode::from(EXIT_PROBLEM),
+    }
+}
+
+fn no_service(text: &str) -> String {
+    format!("{text}: there is no such service")
 }
 
 /// Decides, and finds what carries the call out.
@@ -89,6 +125,10 @@ fn prepare(options: &Options) -> Result<(String, Option<Command>)> {
 /// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out.
 fn tell(teller: &mut Teller, accepted: bool, text: &str) -> bool {
     system_log::say(NAME, text);
-    // One line, whatever an error's text has.
-    teller.tell(accepted, &text.replace(['\n', '\r'], " "))
+    teller.tell(accepted, &one_line(text))
+}
+
+/// Whatever an error's text has.
+fn one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
 }

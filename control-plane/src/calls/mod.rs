@@ -25,6 +25,7 @@
 //! [`GREETING_LIMIT`]: reception::GREETING_LIMIT
 //! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
 
+pub mod carriage;
 pub mod carry_out;
 pub mod client;
 mod command;
@@ -33,6 +34,7 @@ pub mod exchange;
 mod flow;
 pub mod message;
 pub mod outgoing;
+mod process;
 pub mod programs;
 pub mod reception;
 pub mod requests;
@@ -40,5 +42,6 @@ pub mod service;
 pub mod system_log;
 pub mod verdict;
 mod watch;
+pub mod wire;
 
 pub use exchange::Exchange;

@@ -1,12 +1,15 @@
-//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what programs in a guest and its agent say to
-//! each other, and the command lines of `qrexec-client`.
+//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what an agent asks for by Qubes' own protocol, what
+//! programs in a guest and its agent say to each other, and the command lines of `qrexec-client`.
 
 use std::os::fd::OwnedFd;
 
 use control_plane::calls::message::{Answer, Message};
 use control_plane::calls::service;
+use control_plane::calls::wire::control::{Control, Heard};
+use control_plane::calls::wire::ports::Ports;
 use guest_agent::calls::message::{self, Answer as AgentsAnswer};
 use qrexec::service::{Command, CommandLine};
+use qrexec::stock::control::DATA_PORTS;
 use qrexec::{Call, Exec, HostFrame, PAYLOAD_BYTES_MAX};
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
@@ -20,6 +23,54 @@ pub fn call_socket(data: &[u8]) {
         let again = serde_json::to_vec(&answer).expect("an answer is JSON");
         assert_eq!(serde_json::from_slice::<Answer>(&again).expect("it comes back"), answer);
     }
+}
+
+/// The bytes as what an agent says to a holder, once its length of pieces is taken off. All that it asks for is answered, now so, now so.
+pub fn call_control(mut data: &[u8]) {
+    let [cut] = crate::take(&mut data);
+    let (mut control, mut ports) = (Control::new(), Ports::default());
+    let (mut held, mut asked) = (Vec::new(), 0usize);
+    let hello = control.unsent().len();
+    'channel: for piece in data.chunks(usize::from(cut).max(1)) {
+        let mut input = piece;
+        loop {
+            match control.hear(&mut input) {
+                Err(error) => {
+                    assert_eq!(control.hear(&mut &piece[..]), Err(error), "for ever");
+                    break 'channel;
+                }
+                Ok(None) => break,
+                Ok(Some(Heard::Agreed(_))) => assert!(asked == 0 && held.is_empty() && control.is_agreed()),
+                Ok(Some(Heard::Nonsense(request))) => {
+                    asked += 1;
+                    control.refuse(request).expect("what was parsed can be said");
+                }
+                Ok(Some(Heard::Asked(call))) => {
+                    asked += 1;
+                    assert!(!call.service.name().contains('/') && call.request.as_str().len() < 32);
+                    match ports.take() {
+                        Some(port) => {
+                            assert!(!held.contains(&port), "a port has one call");
+                            held.push(port);
+                            control.connect(port, call.request)
+                        }
+                        None => control.refuse(call.request),
+                    }
+                    .expect("what was parsed can be said");
+                }
+                Ok(Some(Heard::Terminated(port))) => {
+                    ports.terminated(port);
+                    if let Some(at) = held.iter().position(|held| *held == port) {
+                        ports.give_back(held.swap_remove(at));
+                    }
+                }
+            }
+        }
+    }
+    assert!(control.unsent().len() <= hello + 48 * asked, "each request has one short answer");
+    assert!(held.len() <= DATA_PORTS.len());
+    control.sent(usize::MAX);
+    assert!(control.unsent().is_empty());
 }
 
 /// The bytes as what a program in a guest says to its agent, and as what it is answered, over a real socket of theirs.
