@@ -1,5 +1,5 @@
-//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what an agent asks for by Qubes' own protocol, what
-//! programs in a guest and its agent say to each other, and the command lines of `qrexec-client`.
+//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what an agent and a dom0 say by
+//! Qubes' own protocol, what programs in a guest and its agent say to each other, and the command lines of `qrexec-client`.
 
 use std::os::fd::OwnedFd;
 
@@ -8,8 +8,10 @@ use control_plane::calls::service;
 use control_plane::calls::wire::control::{Control, Heard};
 use control_plane::calls::wire::ports::Ports;
 use guest_agent::calls::message::{self, Answer as AgentsAnswer};
+use guest_agent::stock::control::{Control as AgentsControl, Heard as Order};
 use qrexec::service::{Command, CommandLine};
 use qrexec::stock::control::DATA_PORTS;
+use qrexec::stock::WireError;
 use qrexec::{Call, Exec, HostFrame, PAYLOAD_BYTES_MAX};
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
@@ -71,6 +73,40 @@ pub fn call_control(mut data: &[u8]) {
     assert!(held.len() <= DATA_PORTS.len());
     control.sent(usize::MAX);
     assert!(control.unsent().is_empty());
+}
+
+/// The bytes as what a dom0 says to a guest's agent, once its length of pieces is taken off: how it is cut makes no difference, and no more is to be
+/// sent back than came.
+pub fn agent_control(mut data: &[u8]) {
+    let [cut] = crate::take(&mut data);
+    let pieces = usize::from(cut).max(1);
+    let (whole, end) = obeyed(data, data.len().max(1));
+    assert_eq!((&whole, &end), (&obeyed(data, pieces).0, &obeyed(data, pieces).1), "the pieces make a difference");
+}
+
+/// What an agent hears of this, and what is in the way of more.
+fn obeyed(data: &[u8], pieces: usize) -> (Vec<Order>, Option<WireError>) {
+    let (mut control, mut orders) = (AgentsControl::new(), Vec::new());
+    let hello = control.unsent().len();
+    for piece in data.chunks(pieces) {
+        let mut input = piece;
+        loop {
+            match control.hear(&mut input) {
+                Err(error) => return (orders, Some(error)),
+                Ok(None) => break,
+                Ok(Some(order)) => {
+                    assert_eq!(order == Order::Agreed, orders.is_empty() && control.is_agreed());
+                    if let Order::Exec { endpoint, line, .. } = &order {
+                        assert!(!line.is_empty() && !line.contains(&0));
+                        control.terminated(*endpoint).expect("it can be said");
+                    }
+                    orders.push(order);
+                }
+            }
+        }
+    }
+    assert!(control.unsent().len() <= hello + data.len(), "an answer is smaller than what it answers");
+    (orders, None)
 }
 
 /// The bytes as what a program in a guest says to its agent, and as what it is answered, over a real socket of theirs.

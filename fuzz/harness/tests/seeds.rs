@@ -413,7 +413,7 @@ fn write_calls() {
     use control_plane::calls::message::{Answer, Control, Message};
     use qrexec::service::CommandLine;
     use qrexec::stock::control::{Endpoint, RequestId, Trigger};
-    use qrexec::stock::{FromAgent, Version};
+    use qrexec::stock::{FromAgent, ToAgent, Version};
 
     let exec = Exec { env: vec![(b"A".to_vec(), b"b".to_vec())], ..Exec::user(["sh", "-c", "exit 7"]) };
     keep("call_socket", "call", Message::Call(Box::new(exec.clone())).encode().unwrap());
@@ -449,6 +449,16 @@ fn write_calls() {
         }
         keep("call_control", &format!("v{}", version.number()), bytes);
     }
+    let orders = [
+        ToAgent::ExecCmdline(endpoint(0), b"DEFAULT:QUBESRPC qubes.VMShell dom0".to_vec()),
+        ToAgent::JustExec(endpoint(4), b"root:true".to_vec()),
+        ToAgent::ServiceConnect(endpoint(0), request.clone()),
+        ToAgent::ServiceRefused(request.clone()),
+    ];
+    let mut bytes = vec![7];
+    Version::V3.encode_hello(&mut bytes);
+    orders.iter().for_each(|order| order.encode(&mut bytes).unwrap());
+    keep("agent_control", "orders", bytes);
     let mut bytes = vec![3];
     Version::V4.encode_hello(&mut bytes);
     trigger(b"qubes.OpenURL", b"work").encode(Version::V4, &mut bytes).unwrap();
