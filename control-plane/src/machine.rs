@@ -13,6 +13,7 @@ use xen_glue::host::XenHost;
 use xen_glue::owner::Owner;
 
 use crate::agent_link::Limits;
+use crate::calls::carriage;
 use crate::calls::wire::{Finder, Vchans};
 use crate::clones;
 use crate::error::{Error, Kind, Result};
@@ -147,6 +148,10 @@ impl Machine for ThisMachine {
     fn call_channels(&self, state: &State, slot: u32) -> Option<Finder> {
         let state = state.clone();
         Some(Box::new(move || {
+            // What cannot serve them would refuse the guest's.
+            if !carriage::can_serve() {
+                return Ok(None);
+            }
             let Some(xen) = xen(&state).map_err(io::Error::other)? else { return Ok(None) };
             Ok(xen.call_guest(slot)?.map(|guest| Box::new(guest) as Box<dyn Vchans>))
         }))

@@ -45,7 +45,7 @@ pub fn call(link: Link, fds: [BorrowedFd<'_>; 3], holder: BorrowedFd<'_>) -> Res
 /// our group, and end with the call: when a signal ends us, too.
 pub fn answer(link: Link, program: Result<Command, u8>, signals: &Signals) -> Result<u8, Broken> {
     let start = || match program {
-        Ok(program) => start(program).map_err(|_| i32::from(qrexec::service::EXIT_PROBLEM)),
+        Ok(program) => start(program, signals).map_err(|_| i32::from(qrexec::service::EXIT_PROBLEM)),
         Err(status) => Err(i32::from(status)),
     };
     let watch = Watch { until: Some(signals.as_fd()), hello_by: Some(Instant::now() + HELLO_LIMIT) };
@@ -57,13 +57,14 @@ pub fn answer(link: Link, program: Result<Command, u8>, signals: &Signals) -> Re
 }
 
 /// What the program's errors go to is the program's to say, or else our own stderr: so that is the call's while it starts.
-fn start(mut program: Command) -> io::Result<Running> {
+fn start(mut program: Command, signals: &Signals) -> io::Result<Running> {
     let (errors, writer) = io::pipe()?;
     let nothing = std::fs::File::open("/dev/null")?;
     let stderr = io::stderr().as_raw_fd();
     dup2(writer.as_raw_fd(), stderr)?;
     drop(writer);
-    let child: io::Result<Child> = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    program.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let child: io::Result<Child> = signals.lifted(|| program.spawn());
     dup2(nothing.as_raw_fd(), stderr)?;
     let mut running = Running::of(child?)?;
     running.streams.stderr = Some(call_channel::port::Port::own(errors.into())?);

@@ -117,7 +117,7 @@ impl Wire {
     /// The agent cannot offer its channel. Told once, whatever the guest repeats.
     pub(super) fn not_offered(&mut self, why: &str) {
         if self.channel.take_if(|joined| !joined.control.is_agreed()).is_some() {
-            tracing::warn!("the guest's calls have no channels of their own: {why}");
+            tracing::info!("the guest's calls have no channels of their own: {why}");
         }
     }
 
