@@ -9,7 +9,7 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`port`] | a descriptor that may be shared with others, used without blocking |
+//! | [`port`], `file` | a descriptor that may be shared with others, used without blocking |
 //! | [`channel`] | the bytes to the peer: a vchan, or a socket |
 //! | `wire`, `flow` | what waits on either side |
 //! | [`client`] | the end that asked for the call, step by step |
@@ -18,6 +18,7 @@
 
 pub mod channel;
 pub mod client;
+mod file;
 mod flow;
 pub mod port;
 pub mod run;

@@ -477,6 +477,9 @@ fn a_private_volume_grows_is_cloned_and_reverted_and_others_say_why_not() {
     assert_eq!(qubes.refused("admin.vm.volume.Revert", "one", "private", "3"), "hung up");
     qubes.ok("admin.vm.volume.Revert", "one", "private", "2");
     assert_eq!((info("one", "size"), data("one")), ("2147483648".to_owned(), *b"hello\0"));
+    qubes.ok("admin.vm.volume.Clear", "two", "private", "");
+    assert_eq!((info("two", "size"), data("two")), ("3221225472".to_owned(), [0; 6]));
+    assert!(qubes.refused("admin.vm.volume.Clear", "two", "root", "").starts_with("StoragePoolException"));
     qubes.ok("admin.vm.volume.Set.revisions_to_keep", "one", "private", "0");
     control_plane::savefiles::collect(&qubes.state).unwrap();
     assert_eq!(qubes.ok("admin.vm.volume.ListSnapshots", "one", "private", ""), "");

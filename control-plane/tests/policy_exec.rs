@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{symlink, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
@@ -417,5 +418,5 @@ fn a_service_that_a_signal_ended_is_told_apart_and_its_caller_sees_its_end_of_ou
     call.stdout.take().unwrap().read_to_string(&mut said).unwrap();
     assert_eq!((said.as_str(), call.try_wait().unwrap()), ("said\n", None));
     call.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    assert_eq!(call.wait().unwrap().code(), Some(128 + 15));
+    assert_eq!(call.wait().unwrap().signal(), Some(15));
 }

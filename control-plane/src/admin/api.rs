@@ -71,7 +71,7 @@ impl Wants {
 
 /// Each method with what it wants: dom0 as its destination, an argument, a payload.
 #[rustfmt::skip]
-const METHODS: [(&str, Wants, Wants, Wants); 74] = [
+const METHODS: [(&str, Wants, Wants, Wants); 75] = [
     ("admin.Events", Either, No, No),
     ("admin.label.Get", It, It, No),
     ("admin.label.Index", It, It, No),
@@ -134,6 +134,7 @@ const METHODS: [(&str, Wants, Wants, Wants); 74] = [
     ("admin.vm.tag.List", Either, No, No),
     ("admin.vm.tag.Remove", Either, It, No),
     ("admin.vm.tag.Set", Either, It, No),
+    ("admin.vm.volume.Clear", No, It, No),
     ("admin.vm.volume.CloneFrom", No, It, No),
     ("admin.vm.volume.CloneTo", No, It, It),
     ("admin.vm.volume.Info", Either, It, No),
@@ -394,6 +395,7 @@ fn volume(world: &World<'_>, vm: &Vm, what: &str, request: &Request) -> Answer<S
             let known = volumes::revisions(world, vm, name)?;
             done(volume_change::revert(world, vm, name, &known, &request.payload))
         }
+        "Clear" => done(volume_change::clear(world, vm, name)),
         "CloneFrom" => volume_change::clone_from(world, vm, name),
         "CloneTo" => done(volume_change::clone_to(world, vm, name, &request.payload)),
         "Set.revisions_to_keep" => {

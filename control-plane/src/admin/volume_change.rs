@@ -87,6 +87,16 @@ pub(super) fn revert(world: &World<'_>, vm: &Vm, volume: &str, known: &str, payl
     told(world, Event::new(&vm.name, "domain-volume-reverted").detail("volume", volume))
 }
 
+/// `admin.vm.volume.Clear`: it is as new.
+pub(super) fn clear(world: &World<'_>, vm: &Vm, volume: &str) -> Answer<()> {
+    changeable(world, vm, volume)?;
+    private::fill(world.state, &vm.name, &mut std::io::empty(), None).map_err(storage)?;
+    told(
+        world,
+        Event::new(&vm.name, "domain-volume-import-end").detail("volume", volume).detail("success", "True"),
+    )
+}
+
 /// `admin.vm.volume.CloneFrom`: the token for `CloneTo`.
 pub(super) fn clone_from(world: &World<'_>, vm: &Vm, volume: &str) -> Answer<String> {
     world.context.pending_clones.add(&vm.name, volume)

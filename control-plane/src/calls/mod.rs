@@ -37,6 +37,7 @@ pub mod message;
 pub mod outgoing;
 mod process;
 pub mod programs;
+mod rate;
 pub mod ready;
 pub mod reception;
 pub mod requests;

@@ -4,7 +4,8 @@
 //! Invariants:
 //! - who calls is our own knowledge, the name under which we hold the guest; what the guest says is its target and service, checked by
 //!   the frame's parsing;
-//! - at most [`CALLS_OUT_MAX`] processes at a time, those whose call is over already among them; a call beyond is refused without one;
+//! - at most [`CALLS_OUT_MAX`] processes at a time, those whose call is over already among them; a call beyond is refused without one, and so is one that comes too
+//!   soon ([`Rate`]);
 //! - nothing flows before the call is accepted, and what flows keeps to the windows;
 //! - a call's processes are one group, and end when the guest hangs up, and with us.
 
@@ -18,6 +19,7 @@ use qrexec::{Call, GuestFrame, HostFrame, ProtocolError, STREAMS_MAX};
 
 use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
 use super::process::{self, Errand, Process, Streams};
+use super::rate::{Rate, Turn};
 use super::verdict::{Refusals, Verdict};
 use crate::agent_link::AgentLink;
 use crate::session::SessionError;
@@ -44,6 +46,7 @@ pub(super) struct Outgoing {
     /// Those that go another way, which count as well.
     pub(super) elsewhere: usize,
     pub(super) refusals: Refusals,
+    rate: Rate,
 }
 
 /// One of them.
@@ -67,7 +70,13 @@ impl Outgoing {
     }
 
     fn by(caller: Option<(State, String)>) -> Outgoing {
-        Outgoing { caller, calls: BTreeMap::new(), elsewhere: 0, refusals: Refusals::none() }
+        let (refusals, rate) = (Refusals::none(), Rate::new());
+        Outgoing { caller, calls: BTreeMap::new(), elsewhere: 0, refusals, rate }
+    }
+
+    /// Whether a call that goes another way comes too soon.
+    pub(super) fn is_too_often(&mut self, name: &str) -> bool {
+        is_too_often(&mut self.rate, name)
     }
 
     pub(super) fn count(&self) -> usize {
@@ -117,6 +126,7 @@ impl Outgoing {
             return Err(ProtocolError::Stream { frame: "Call", stream }.into());
         }
         let started = match &self.caller {
+            Some((_, name)) if is_too_often(&mut self.rate, name) => None,
             Some((state, name)) if self.calls.len() + self.elsewhere < CALLS_OUT_MAX => {
                 CallOut::start(state, name, call)
                     .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
@@ -286,4 +296,13 @@ impl Drop for Outgoing {
         let calls = std::mem::take(&mut self.calls);
         process::end_all(calls.into_values().map(|call| call.process).collect());
     }
+}
+
+/// Whether a call comes too soon, which is logged once.
+fn is_too_often(rate: &mut Rate, name: &str) -> bool {
+    let turn = rate.take(Instant::now());
+    if turn == (Turn::TooOften { news: true }) {
+        tracing::warn!("{name} calls too often: what is too much is refused");
+    }
+    turn != Turn::Taken
 }

@@ -12,7 +12,8 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{killpg, SigSet, Signal};
+use nix::sys::resource::{setrlimit, Resource};
+use nix::sys::signal::{killpg, raise, SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{getpgrp, getpid, getppid, Pid};
 use qrexec::service::EXIT_PROBLEM;
@@ -74,7 +75,14 @@ fn signal(child: &Child, signal: Signal) {
     };
 }
 
+/// The program's status, which is ours; where a signal ended it, that ends us as well.
 fn status_of(status: ExitStatus) -> u8 {
+    if let Some(signal) = status.signal().and_then(|signal| Signal::try_from(signal).ok()) {
+        // The core would be ours, of which nobody learns anything.
+        let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+        let _ = SigSet::all().thread_unblock();
+        let _ = raise(signal);
+    }
     let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_PROBLEM)
 }

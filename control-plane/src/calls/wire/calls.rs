@@ -87,7 +87,7 @@ impl Calls {
     pub(super) fn ask(&mut self, asked: Asked, domain: u16, other: &mut Outgoing) -> Result<(), RequestId> {
         let Asked { target, service, request } = asked;
         let Some((state, name)) = &self.caller else { return Err(request) };
-        if self.counts().1 + other.count() >= CALLS_OUT_MAX {
+        if other.is_too_often(name) || self.counts().1 + other.count() >= CALLS_OUT_MAX {
             return Err(request);
         }
         let errand = Errand { state, name, target: &target, service: &service };
