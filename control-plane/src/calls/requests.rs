@@ -57,7 +57,10 @@ impl Hub {
         fds: Vec<OwnedFd>,
         link: &mut AgentLink,
     ) -> Ended<()> {
-        let Err((caller, line)) = self.wire.begin(caller, line) else { return Ok(()) };
+        if self.wire.takes_commands() {
+            self.wire.begin(caller, line);
+            return Ok(());
+        }
         let started = three(fds).and_then(|fds| {
             let exec = service::line(&line).map_err(|error| error_text(&error))?;
             Ok((fds, Box::new(exec)))

@@ -154,15 +154,15 @@ impl Wire {
         Ok(true)
     }
 
-    /// Takes a caller's command, if the guest can have a channel for it; else gives all back.
-    pub(super) fn begin(&mut self, caller: Channel, line: CommandLine) -> Result<(), (Channel, CommandLine)> {
-        match (&self.guest, &self.channel) {
-            (Some(guest), Some(joined)) if joined.control.is_agreed() && self.calls.has_port() => {
-                self.calls.begin(caller, line, guest.domain());
-                Ok(())
-            }
-            _ => Err((caller, line)),
-        }
+    /// Whether a caller's command can have a channel of its own now.
+    pub(super) fn takes_commands(&self) -> bool {
+        let agreed = self.channel.as_ref().is_some_and(|joined| joined.control.is_agreed());
+        agreed && self.guest.is_some() && self.calls.has_port()
+    }
+
+    /// Takes a caller's command.
+    pub(super) fn begin(&mut self, caller: Channel, line: CommandLine) {
+        self.with_guest(|calls, guest, _| calls.begin(caller, line, guest.domain()));
     }
 
     pub(super) fn interests(&self) -> Vec<(Part, BorrowedFd<'_>, PollFlags)> {
