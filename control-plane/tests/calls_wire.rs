@@ -134,6 +134,7 @@ impl Lab {
         // It has been heard when what came behind it is answered.
         agent.asks("test.No", "first");
         assert_eq!(agent.hear(), ToAgent::ServiceRefused(RequestId::new("first").unwrap()));
+        lab.until("its process has ended", |lab| lab.calls_out() == 0);
         (lab, agent)
     }
 
