@@ -60,18 +60,12 @@ pub struct Signals(SignalFd);
 impl Signals {
     /// Blocks them. Call before anything is started.
     pub fn block() -> io::Result<Signals> {
-        let set = blocked();
+        let mut set = SigSet::empty();
+        for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT] {
+            set.add(signal);
+        }
         set.thread_block()?;
         Ok(Signals(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
-    }
-
-    /// Starts something that is not to inherit the block. A signal that comes meanwhile ends this process.
-    pub fn lifted<T>(&self, start: impl FnOnce() -> T) -> T {
-        let set = blocked();
-        let _ = set.thread_unblock();
-        let started = start();
-        let _ = set.thread_block();
-        started
     }
 
     /// One that has come, if any.
@@ -79,14 +73,6 @@ impl Signals {
         let info = self.0.read_signal().ok().flatten()?;
         Signal::try_from(info.ssi_signo as i32).ok()
     }
-}
-
-fn blocked() -> SigSet {
-    let mut set = SigSet::empty();
-    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM, Signal::SIGQUIT] {
-        set.add(signal);
-    }
-    set
 }
 
 impl AsFd for Signals {

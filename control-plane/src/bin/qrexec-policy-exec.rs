@@ -1,22 +1,23 @@
 //! `qrexec-policy-exec`: what becomes of a qube's call. The holder of a qube starts one for each call, with the call's streams as its own; it asks
-//! the policy, tells the holder, and becomes what carries the call out.
+//! the policy, tells the holder, and becomes what carries the call out, or has it carried out.
 //!
-//! Invariants: nothing is read of the call's streams or written to them here, the guest would hear it; what is to be known is told to the
-//! holder, and to the system's log.
+//! Invariants: nothing is written to the call's streams here, the guest would hear it, but what a service behind a socket says; what is to be
+//! known is told to the holder, and to the system's log.
 
+use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
+use control_plane::calls::carry_out::{self, Carrier};
 use control_plane::calls::decide::{self, Asked, Rules};
 use control_plane::calls::verdict::Teller;
-use control_plane::calls::{carriage, carry_out, service, system_log};
+use control_plane::calls::{carriage, programs, service, system_log};
 use control_plane::cli::{generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::output::error_text;
-use control_plane::session::Signals;
 use nix::sys::signal::SigSet;
-use qrexec::service::{Target, EXIT_NOT_FOUND, EXIT_PROBLEM, EXIT_REFUSED};
+use qrexec::service::{Target, EXIT_PROBLEM, EXIT_REFUSED};
 
 const NAME: &str = "qrexec-policy-exec";
 
@@ -55,11 +56,25 @@ fn main() -> ExitCode {
     // The holder blocks signals, and a call ends with its holder.
     let _ = SigSet::all().thread_unblock();
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
+    if let Some(domain) = options.serve {
+        return serve(&options, domain, &mut teller);
+    }
     match prepare(&options) {
-        Ok((text, program)) => match options.serve {
-            Some(domain) => serve(&mut teller, domain, &text, program),
-            None => become_it(&mut teller, &text, program),
-        },
+        Ok((text, Carrier::Nothing(why))) => {
+            tell(&mut teller, true, &format!("{text}, but {why}"));
+            ExitCode::from(why.status())
+        }
+        Ok((text, carrier)) => {
+            if !tell(&mut teller, true, &text) {
+                return ExitCode::from(EXIT_PROBLEM);
+            }
+            let error = match carry_out(carrier, &text) {
+                Ok(status) => return ExitCode::from(status),
+                Err(error) => error,
+            };
+            system_log::say(NAME, &format!("{text}, but cannot be carried out: {error}"));
+            ExitCode::from(EXIT_PROBLEM)
+        }
         Err(error) => {
             tell(&mut teller, false, &error_text(&error));
             ExitCode::from(EXIT_REFUSED)
@@ -67,68 +82,53 @@ fn main() -> ExitCode {
     }
 }
 
-/// Has the call's streams as its own.
-fn become_it(teller: &mut Teller, text: &str, program: Option<Command>) -> ExitCode {
-    let Some(mut command) = program else {
-        tell(teller, true, &no_service(text));
-        return ExitCode::from(EXIT_NOT_FOUND);
-    };
-    if !tell(teller, true, text) {
-        return ExitCode::from(EXIT_PROBLEM);
-    }
-    let error = command.exec();
-    system_log::say(NAME, &format!("{text}, but cannot be run: {error}"));
-    ExitCode::from(EXIT_PROBLEM)
+/// Stays between the call's vchan and another of us, which decides and has the streams.
+fn serve(options: &Options, domain: u16, teller: &mut Teller) -> ExitCode {
+    let served = options.common.state().map_err(io::Error::other).and_then(|state| {
+        let mut program = programs::command(NAME, &state);
+        program.arg("--").args([&options.source, &options.target, &options.service]);
+        carriage::answer(domain, program, teller)
+    });
+    served.map_or_else(
+        |error| {
+            tell(teller, false, &format!("a call cannot be carried: {error}"));
+            ExitCode::from(EXIT_PROBLEM)
+        },
+        ExitCode::from,
+    )
 }
 
-/// Has the call's streams over a vchan, and the program below itself.
-fn serve(teller: &mut Teller, domain: u16, text: &str, program: Option<Command>) -> ExitCode {
-    let served = Signals::block().and_then(|signals| Ok((signals, carriage::serve(domain)?)));
-    let (signals, (link, offer)) = match served {
-        Ok(served) => served,
-        Err(error) => {
-            tell(teller, false, &format!("{text}, but its channel cannot be served: {error}"));
-            return ExitCode::from(EXIT_PROBLEM);
+/// Becomes what carries the call out, or does so itself.
+fn carry_out(carrier: Carrier, text: &str) -> io::Result<u8> {
+    match carrier {
+        Carrier::Program(mut command) => Err(command.exec()),
+        Carrier::InDom0(service) => {
+            service.notes().iter().for_each(|note| system_log::say(NAME, &format!("{text}: {note}")));
+            service.serve()
         }
-    };
-    let text = if program.is_some() { text.to_owned() } else { no_service(text) };
-    system_log::say(NAME, &text);
-    if !teller.tell_served(offer, &one_line(&text)) {
-        return ExitCode::from(EXIT_PROBLEM);
+        Carrier::Nothing(why) => Err(io::Error::other(why)),
     }
-    match carriage::answer(link, program.ok_or(EXIT_NOT_FOUND), &signals) {
-        Ok(status) => ExitCode::from(status),
-        // Its end is the caller's doing, or the holder's.
-        Err(_) => ExitCode::from(EXIT_PROBLEM),
-    }
-}
-
-fn no_service(text: &str) -> String {
-    format!("{text}: there is no such service")
 }
 
 /// Decides, and finds what carries the call out.
-fn prepare(options: &Options) -> Result<(String, Option<Command>)> {
+fn prepare(options: &Options) -> Result<(String, Carrier)> {
     let state = options.common.state()?;
     let target = Target::parse(options.target.as_bytes()).map_err(|error| {
         Error::new(Kind::Refused, format!("{:?} is no target", options.target)).because(error)
     })?;
     let source = service::parse_source(&options.source)?;
-    let asked = Asked { source, target, service: service::parse(&options.service)? };
-    let allow = decide::decide(&state, &Rules::of_environment(), &asked)?;
+    let mut asked = Asked { source, target, service: service::parse(&options.service)? };
+    let (allow, target) = decide::decide(&state, &Rules::of_environment(), &asked)?;
     let text = decide::allowed_text(&asked, &allow);
-    let command = carry_out::program(&state, &asked, &allow)
+    asked.target = target;
+    let carrier = carry_out::carrier(&state, &asked, &allow)
         .map_err(|error| Error::new(Kind::Refused, text.clone()).because(error))?;
-    Ok((text, command))
+    Ok((text, carrier))
 }
 
 /// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out.
 fn tell(teller: &mut Teller, accepted: bool, text: &str) -> bool {
     system_log::say(NAME, text);
-    teller.tell(accepted, &one_line(text))
-}
-
-/// Whatever an error's text has.
-fn one_line(text: &str) -> String {
-    text.replace(['\n', '\r'], " ")
+    // One line, whatever an error's text has.
+    teller.tell(accepted, &text.replace(['\n', '\r'], " "))
 }

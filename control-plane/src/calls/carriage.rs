@@ -2,18 +2,21 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use call_channel::{run_client, run_service, Broken, Running, Streams, Watch};
 use nix::errno::Errno;
 use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitpid, WaitPidFlag};
-use nix::unistd::{dup2, getpgrp};
+use nix::unistd::getpgrp;
+use qrexec::service::{EXIT_PROBLEM, EXIT_REFUSED};
+use rustix::io::{fcntl_setfd, FdFlags};
 use vchan::devices::gntalloc::Gntalloc;
 use vchan::layout::Orders;
 use vchan::link::{self, Link, Offer};
 
+use super::verdict::{self, Teller, Verdict};
 use crate::session::Signals;
 
 /// The rings of a call, those that Qubes' agents have: 64 KiB each way.
@@ -41,34 +44,39 @@ pub fn call(link: Link, fds: [BorrowedFd<'_>; 3], holder: BorrowedFd<'_>) -> Res
     run_client(link, streams, watch).map(|code| code as u8)
 }
 
-/// Runs a service's program once the guest is there, or says the status in place of one, and carries its streams. Its processes are ours, of
-/// our group, and end with the call: when a signal ends us, too.
-pub fn answer(link: Link, program: Result<Command, u8>, signals: &Signals) -> Result<u8, Broken> {
-    let start = || match program {
-        Ok(program) => start(program, signals).map_err(|_| i32::from(qrexec::service::EXIT_PROBLEM)),
-        Err(status) => Err(i32::from(status)),
+/// Carries a call of the guest's: `program` is to be a `qrexec-policy-exec` that has the call's streams as its own. What it decides is passed on,
+/// with where the vchan is. Its processes are of our group, and end with the call, or with us: the status is its.
+pub fn answer(domain: u16, mut program: Command, teller: &mut Teller) -> io::Result<u8> {
+    let signals = Signals::block()?;
+    let (decided, tell) = io::pipe()?;
+    fcntl_setfd(&tell, FdFlags::empty())?;
+    program.env(verdict::VARIABLE, tell.as_raw_fd().to_string());
+    program.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = program.spawn()?;
+    drop(tell);
+    let (verdict, why) = verdict::read(decided.into());
+    if verdict == Verdict::Refused {
+        teller.tell(false, &why);
+        child.wait()?;
+        return Ok(EXIT_REFUSED);
+    }
+    let served = link::serve(domain, ORDERS).and_then(|served| Ok((served, Running::of(child)?)));
+    let told = match &served {
+        Ok(((_, offer), _)) => teller.tell_served(*offer, &why),
+        Err(error) => teller.tell(false, &format!("{why}, but its channel cannot be served: {error}")),
     };
-    let watch = Watch { until: Some(signals.as_fd()), hello_by: Some(Instant::now() + HELLO_LIMIT) };
-    let ended = run_service(link, start, watch).map(|code| code as u8);
-    if ended.is_err() {
+    let carried = match served {
+        Ok(((link, _), running)) if told => {
+            let hello_by = Some(Instant::now() + HELLO_LIMIT);
+            let watch = Watch { until: Some(signals.as_fd()), hello_by };
+            run_service(link, || Ok(running), watch).ok()
+        }
+        _ => None,
+    };
+    if carried.is_none() {
         end_group();
     }
-    ended
-}
-
-/// What the program's errors go to is the program's to say, or else our own stderr: so that is the call's while it starts.
-fn start(mut program: Command, signals: &Signals) -> io::Result<Running> {
-    let (errors, writer) = io::pipe()?;
-    let nothing = std::fs::File::open("/dev/null")?;
-    let stderr = io::stderr().as_raw_fd();
-    dup2(writer.as_raw_fd(), stderr)?;
-    drop(writer);
-    program.stdin(Stdio::piped()).stdout(Stdio::piped());
-    let child: io::Result<Child> = signals.lifted(|| program.spawn());
-    dup2(nothing.as_raw_fd(), stderr)?;
-    let mut running = Running::of(child?)?;
-    running.streams.stderr = Some(call_channel::port::Port::own(errors.into())?);
-    Ok(running)
+    Ok(carried.map_or(EXIT_PROBLEM, |code| code as u8))
 }
 
 /// Ends what is of our group, which is the call's alone.

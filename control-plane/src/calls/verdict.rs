@@ -27,18 +27,23 @@ pub(super) enum Verdict {
 
 /// Hears it; one that says nothing refuses. Does not wait: the pipe is readable, or at its end.
 pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals) -> Verdict {
-    let mut line = [0; LINE_BYTES_MAX];
-    let count = File::from(verdict).read(&mut line).unwrap_or(0);
-    let text = String::from_utf8_lossy(line.get(..count).unwrap_or_default());
-    let Some((verdict, why)) = parse(&text) else {
-        refusals.log("a call ended before it was decided");
-        return Verdict::Refused;
-    };
+    let (verdict, why) = read(verdict);
     match verdict {
-        Verdict::Refused => refusals.log(why),
+        Verdict::Refused => refusals.log(&why),
         Verdict::Accepted(_) => tracing::info!("{why}"),
     }
     verdict
+}
+
+/// Reads it, with the reason.
+pub(super) fn read(verdict: OwnedFd) -> (Verdict, String) {
+    let mut line = [0; LINE_BYTES_MAX];
+    let count = File::from(verdict).read(&mut line).unwrap_or(0);
+    let text = String::from_utf8_lossy(line.get(..count).unwrap_or_default());
+    match parse(&text) {
+        Some((verdict, why)) => (verdict, why.to_owned()),
+        None => (Verdict::Refused, "a call ended before it was decided".to_owned()),
+    }
 }
 
 fn parse(line: &str) -> Option<(Verdict, &str)> {
