@@ -35,6 +35,11 @@
 //!    suspend was cancelled) the guest's kernel registers all watches again, each of which fires at once. The agent watches
 //!    its `domid` for this alone, and offers anew, unasked. Should it have been suspended with a channel after all, it
 //!    notices that `OFFER/ring-ref` is not what it wrote.
+//!
+//! # Calls
+//! Calls have vchans by the rules of Qubes' own protocol (docs/qrexec.md): one for control, which the guest serves at [`QREXEC_PORT`], and one each,
+//! which either end serves, below its own node, for the other to find. That for control is asked for by a frame, not by [`REQUEST`], and
+//! offered anew whenever dom0's end has gone. None of them is there when a guest is captured.
 
 pub mod counters;
 pub mod devices;

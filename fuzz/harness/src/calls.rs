@@ -81,7 +81,11 @@ pub fn agent_control(mut data: &[u8]) {
     let [cut] = crate::take(&mut data);
     let pieces = usize::from(cut).max(1);
     let (whole, end) = obeyed(data, data.len().max(1));
-    assert_eq!((&whole, &end), (&obeyed(data, pieces).0, &obeyed(data, pieces).1), "the pieces make a difference");
+    assert_eq!(
+        (&whole, &end),
+        (&obeyed(data, pieces).0, &obeyed(data, pieces).1),
+        "the pieces make a difference"
+    );
 }
 
 /// What an agent hears of this, and what is in the way of more.

@@ -137,7 +137,14 @@ impl<L: Channel> Call<L> {
         };
     }
 
-    /// The same, for one whose channel a suspend has ended.
+    /// Kills what was told to end, if it has not: nobody will look after it.
+    pub fn kill(&mut self) {
+        if let State::Left(child) = &mut self.state {
+            child.kill_if_told();
+        }
+    }
+
+    /// Ends it like [`end`](Self::end), where a suspend has ended its channel.
     pub fn abandon(&mut self) {
         self.state = match std::mem::replace(&mut self.state, State::Over) {
             State::Serving(service, _, child) => {

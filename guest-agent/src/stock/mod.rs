@@ -87,9 +87,10 @@ impl<S: Site> Stock<S> {
         self.calls.iter().filter(|call| !call.is_outward()).count()
     }
 
-    /// Ends all of it, and takes the offer back.
+    /// Ends all of it, and takes the offer back. Whoever calls this may not serve any of it for long.
     pub fn end(&mut self) {
         self.close();
+        self.calls.iter_mut().for_each(Call::kill);
         // The guest may have another number when it is asked next.
         self.site = None;
     }
@@ -107,6 +108,7 @@ impl<S: Site> Stock<S> {
     /// The same, after a suspend that has ended the channels.
     pub fn abandon(&mut self) {
         self.calls.iter_mut().for_each(Call::abandon);
+        self.calls.iter_mut().for_each(Call::kill);
         if let (Some(offered), Some(site)) = (self.control.take(), &mut self.site) {
             site.abandon(offered.link);
         }

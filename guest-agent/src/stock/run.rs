@@ -100,7 +100,13 @@ impl Child {
     /// Kills it, if it was told to end long enough ago.
     pub fn kill_if_due(&mut self) {
         if self.kill_at.is_some_and(|kill_at| kill_at <= Instant::now()) {
-            self.kill_at = None;
+            self.kill_if_told();
+        }
+    }
+
+    /// Kills it, if it was told to end.
+    pub fn kill_if_told(&mut self) {
+        if self.kill_at.take().is_some() {
             sys::signal_group(self.pid, libc::SIGKILL);
         }
     }

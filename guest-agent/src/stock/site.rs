@@ -182,3 +182,14 @@ impl Site for XenSite {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_paths_have_the_port() {
+        assert_eq!(CONTROL, format!("data/vchan/{HOST}/{}", vchan::QREXEC_PORT));
+        assert!(MARK.starts_with(&format!("{CONTROL}/")));
+    }
+}

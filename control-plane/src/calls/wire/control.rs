@@ -44,6 +44,7 @@ pub struct Control {
     decoder: Decoder,
     version: Option<Version>,
     out: Vec<u8>,
+    broken: Option<WireError>,
 }
 
 impl Default for Control {
@@ -57,11 +58,18 @@ impl Control {
     pub fn new() -> Control {
         let mut out = Vec::new();
         Version::NEWEST.encode_hello(&mut out);
-        Control { decoder: Decoder::new(), version: None, out }
+        Control { decoder: Decoder::new(), version: None, out, broken: None }
     }
 
     /// Takes bytes off the front of `input`, up to the next thing to know. `None`: all of `input` is taken.
     pub fn hear(&mut self, input: &mut &[u8]) -> Result<Option<Heard>, WireError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        self.next(input).inspect_err(|error| self.broken = Some(error.clone()))
+    }
+
+    fn next(&mut self, input: &mut &[u8]) -> Result<Option<Heard>, WireError> {
         while let Some(raw) = self.decoder.next(input)? {
             let Some(_) = self.version else {
                 let version = Version::NEWEST.agree(parse_hello(&raw.body)?)?;
