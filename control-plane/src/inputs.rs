@@ -64,12 +64,18 @@ impl Guest {
             memory_bytes: self.spec.memory.0,
             vcpus: self.spec.vcpus,
             volumes: volumes.collect(),
-            settings_hash: blake3::hash(self.spec.cmdline.as_bytes()).to_hex().to_string(),
+            settings_hash: settings_hash(&self.spec.cmdline),
             agent_version: String::new(),
             created: 0,
             working_set: Vec::new(),
         }
     }
+}
+
+/// What else a savefile depends on: the kernel's command line, and the words its agent knows, for a restored agent is never asked which it has.
+fn settings_hash(cmdline: &str) -> String {
+    let settings = format!("{cmdline}\0agent protocol {}", qrexec::PROTOCOL);
+    blake3::hash(settings.as_bytes()).to_hex().to_string()
 }
 
 /// The hash of all that makes a savefile stale when it changes.

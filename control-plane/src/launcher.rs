@@ -118,7 +118,7 @@ pub fn run(state: &State, machine: &dyn Machine, request: Request, say: &dyn Fn(
     let mut timeline = Timeline::since(request.start);
     machine::forbid_core_dump()?;
     let (mut launched, link) = launch(state, machine, request, say, &mut timeline)?;
-    let ending = converse(state, &mut launched, link, &mut timeline);
+    let ending = converse(state, machine, &mut launched, link, &mut timeline);
     if let Held::Here { domain, .. } = &mut launched.held {
         timeline.weave(domain.steps());
     }
@@ -246,13 +246,16 @@ fn make(
 /// Carries the command's streams until it ends, and those of whoever calls meanwhile.
 fn converse(
     state: &State,
+    machine: &dyn Machine,
     launched: &mut Launched,
     link: AgentLink,
     timeline: &mut Timeline,
 ) -> Result<Ending> {
     let step = "run the command in the clone";
     let mut signals = Signals::block().map_err(Error::failed("block signals"))?;
-    let mut exchange = Exchange::or_without_calls(state, &launched.number.to_string(), link);
+    let name = launched.number.to_string();
+    let channels = machine.call_channels(state, launched.number.get());
+    let mut exchange = Exchange::or_without_calls(state, &name, link).with_channels(state, &name, channels);
     let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
     let caller = Caller { stdin: stdin.as_fd(), stdout: stdout.as_fd(), stderr: stderr.as_fd() };
     let mut noted;

@@ -1,5 +1,6 @@
 //! The hypervisor of this machine and the limits of a clone on it.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use engine::host::{Confinement, GuestSpec, Host};
@@ -12,6 +13,8 @@ use xen_glue::host::XenHost;
 use xen_glue::owner::Owner;
 
 use crate::agent_link::Limits;
+use crate::calls::carriage;
+use crate::calls::wire::{Finder, Vchans};
 use crate::clones;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
@@ -42,6 +45,9 @@ pub trait Machine: Send + Sync {
 
     /// How long the agents of its guests may take.
     fn agent_limits(&self) -> Limits;
+
+    /// Finds the guest of a slot where calls have a channel each; `None`: this machine has none such.
+    fn call_channels(&self, state: &State, slot: u32) -> Option<Finder>;
 }
 
 /// Memory where clones take it from.
@@ -137,6 +143,18 @@ impl Machine for ThisMachine {
 
     fn agent_limits(&self) -> Limits {
         Limits::default()
+    }
+
+    fn call_channels(&self, state: &State, slot: u32) -> Option<Finder> {
+        let state = state.clone();
+        Some(Box::new(move || {
+            // What cannot serve them would refuse the guest's.
+            if !carriage::can_serve() {
+                return Ok(None);
+            }
+            let Some(xen) = xen(&state).map_err(io::Error::other)? else { return Ok(None) };
+            Ok(xen.call_guest(slot)?.map(|guest| Box::new(guest) as Box<dyn Vchans>))
+        }))
     }
 }
 

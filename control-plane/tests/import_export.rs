@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use control_plane::agent_link::Limits;
+use control_plane::calls::wire::Finder;
 use control_plane::error::{Kind, Result};
 use control_plane::inputs::{self, Guest};
 use control_plane::machine::{Budget, Machine};
@@ -54,6 +55,9 @@ impl Machine for OnlyFacts {
     }
     fn agent_limits(&self) -> Limits {
         Limits::default()
+    }
+    fn call_channels(&self, _: &State, _: u32) -> Option<Finder> {
+        None
     }
 }
 

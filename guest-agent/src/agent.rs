@@ -23,12 +23,14 @@ use crate::cgroup::Freezer;
 use crate::command::Unborn;
 use crate::commands::Commands;
 use crate::errand::{Errand, Hook};
-use crate::failure::Failure;
+use crate::failure::{Failure, Step};
 use crate::identity::Kit;
 use crate::outbox::{Outbox, FULL};
 use crate::place::Place;
 use crate::port::{Heard, Port, SLOTS};
 use crate::power;
+use crate::stock::site::XenSite;
+use crate::stock::Stock;
 use crate::sys::{self, PollSlot};
 
 /// Bytes read at once.
@@ -51,6 +53,7 @@ pub struct Agent {
     outbox: Outbox,
     commands: Commands,
     calls: Calls,
+    stock: Stock<XenSite>,
     hook: Option<Result<Hook, Failure>>,
     errand: Option<Errand>,
     slots: Vec<PollSlot>,
@@ -80,6 +83,7 @@ impl Agent {
             outbox: Outbox::default(),
             commands: Commands::default(),
             calls,
+            stock: Stock::default(),
             hook: None,
             errand: None,
             slots: Vec::new(),
@@ -112,12 +116,14 @@ impl Agent {
         let mut slots = std::mem::take(&mut self.slots);
         let events = self.events();
         self.watch(&mut slots, events);
-        let timeout_ms = if self.port.is_ready(events) { Some(0) } else { self.timeout_ms() };
+        let ready = [self.port.is_ready(events), self.stock.is_ready()].contains(&true);
+        let timeout_ms = if ready { Some(0) } else { self.timeout_ms() };
         sys::poll(&mut slots, timeout_ms)?;
         let mut ready = &slots[SLOTS..];
         self.commands.serve(&mut ready, &mut self.outbox);
         self.serve_errand(&mut ready);
-        self.calls.serve(ready, &mut self.outbox);
+        self.stock.serve(&mut ready, &self.place, self.commands.count());
+        self.calls.serve(ready, &mut self.outbox, &mut self.stock);
         let heard = self.port.is_heard(&slots[..SLOTS], events);
         self.slots = slots;
         Ok(!heard || self.listen())
@@ -137,12 +143,14 @@ impl Agent {
         if let Some(errand) = &self.errand {
             errand.watch(slots);
         }
+        self.stock.watch(slots);
         self.calls.watch(slots, &self.outbox);
     }
 
     fn timeout_ms(&self) -> Option<u32> {
         let errand = self.errand.as_ref().and_then(Errand::deadline);
-        let deadline = self.commands.deadline().into_iter().chain(errand).chain(self.thaw_by).min()?;
+        let deadlines = [self.commands.deadline(), self.stock.deadline(), errand, self.thaw_by];
+        let deadline = deadlines.into_iter().flatten().min()?;
         let left = deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
         Some(u32::try_from(left.as_millis()).unwrap_or(u32::MAX))
     }
@@ -184,6 +192,7 @@ impl Agent {
             HostFrame::Exec { stream, .. } if self.nobody => self.refuse(stream, Op::Exec),
             HostFrame::Thaw => self.thaw_by = Some(Instant::now() + self.thaw_pause()),
             HostFrame::Shutdown => self.shut_down(),
+            HostFrame::ServeCalls => self.answer(Op::ServeCalls, Self::serve_calls),
             HostFrame::Ping(number) => self.outbox.push(&GuestFrame::Pong(number)),
             HostFrame::Exec { stream, exec } => self.execute(stream, *exec)?,
             other => self.commands.handle(other, &self.place, &mut self.outbox)?,
@@ -231,6 +240,19 @@ impl Agent {
         let free_bytes = power::settle()?;
         self.outbox.push(&GuestFrame::FreeMemory(free_bytes));
         Ok(())
+    }
+
+    /// Nothing of it may be captured, and nobody's calls are served.
+    fn serve_calls(&mut self) -> Result<(), Failure> {
+        self.alone()?;
+        if self.nobody {
+            return Err(Failure::ours(
+                "serve calls",
+                libc::EPERM,
+                "the guest has not become who it was to be",
+            ));
+        }
+        self.stock.offer().step(|| "offer the channel of calls")
     }
 
     /// The answer goes first: there may be no time after. Frozen processes can't shut down.
@@ -295,6 +317,10 @@ impl Agent {
     fn drop_connection(&mut self) {
         self.thaw_now();
         self.forget();
+        match self.port.was_suspended() {
+            true => self.stock.abandon(),
+            false => self.stock.end(),
+        }
         self.outbox.clear();
     }
 
@@ -309,6 +335,6 @@ impl Agent {
 
 /// Whether a frame is about the guest as a whole, not about one command or call.
 fn is_control(frame: &HostFrame) -> bool {
-    use HostFrame::{Freeze, Identify, Ping, Prerun, Settle, Shutdown, Thaw, Warm};
-    matches!(frame, Prerun(_) | Settle | Warm | Freeze | Identify(_) | Thaw | Shutdown | Ping(_))
+    use HostFrame::{Freeze, Identify, Ping, Prerun, ServeCalls, Settle, Shutdown, Thaw, Warm};
+    matches!(frame, Prerun(_) | Settle | Warm | Freeze | Identify(_) | Thaw | Shutdown | Ping(_) | ServeCalls)
 }

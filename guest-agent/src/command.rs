@@ -50,14 +50,12 @@ pub struct Unborn {
 }
 
 /// Our ends: stdin, stdout, stderr.
-type Pipes = [OwnedFd; 3];
+pub type Pipes = [OwnedFd; 3];
 
 impl Command {
     /// Starts `exec`. `keep` stays open in it.
     pub fn start(stream: u32, exec: Exec, place: &Place, keep: Option<&OwnedFd>) -> Result<Self, NotStarted> {
-        let (theirs, ours) = pipes()?;
-        let launch = place.launch(exec, theirs.each_ref().map(AsFd::as_fd), keep.map(AsFd::as_fd));
-        let started = sys::launch(&launch)?;
+        let (started, ours) = spawn(exec, place, keep)?;
         Ok(Self::new(stream, started, ours))
     }
 
@@ -264,6 +262,17 @@ impl From<Failure> for NotStarted {
     fn from(failure: Failure) -> Self {
         Self::Failure(failure)
     }
+}
+
+/// Starts a process with three pipes: its number and its descriptor, and our ends, which don't block. `keep` stays open in it.
+pub fn spawn(
+    exec: Exec,
+    place: &Place,
+    keep: Option<&OwnedFd>,
+) -> Result<((i32, OwnedFd), Pipes), NotStarted> {
+    let (theirs, ours) = pipes()?;
+    let launch = place.launch(exec, theirs.each_ref().map(AsFd::as_fd), keep.map(AsFd::as_fd));
+    Ok((sys::launch(&launch)?, ours))
 }
 
 /// A command's three pipes: its ends, and ours, which don't block.

@@ -91,6 +91,11 @@ impl Commands {
         self.running.iter().any(|command| command.stream().is_some())
     }
 
+    /// How many there are, those included that have only to be reaped.
+    pub fn count(&self) -> usize {
+        self.running.len()
+    }
+
     /// Kills all of them; they stay until they are reaped.
     pub fn abandon(&mut self) {
         self.running.iter_mut().for_each(Command::abandon);

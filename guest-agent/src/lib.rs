@@ -28,5 +28,6 @@ pub mod port;
 mod power;
 pub mod services;
 pub mod session;
+pub mod stock;
 pub mod sys;
 pub mod tools;

@@ -90,6 +90,17 @@ impl Place {
         &self.services
     }
 
+    /// Who a command line's user is; `None` within: whoever the service says. `None`: nobody that commands run as.
+    pub fn user_named(&self, name: &str) -> Option<Option<User>> {
+        match name {
+            "DEFAULT" => Some(None),
+            "root" => Some(Some(User::Root)),
+            // By this name callers know it, whatever it is called here.
+            name if name == "user" || name == self.user.name => Some(Some(User::User)),
+            _ => None,
+        }
+    }
+
     /// The top-level cgroup that must not be frozen for a command to start.
     pub fn top_cgroup(&self) -> Option<&str> {
         self.cgroup_path().and_then(cgroup::top)

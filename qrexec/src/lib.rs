@@ -15,7 +15,8 @@
 //!
 //! Files in reading order: `frame` (header), `decoder`, `host` and `guest` (typed frames), `exec`, `call`, `identity`, `exit`,
 //! `window`.
-//! Beside them, Qubes' own protocol: `stock` (docs/qrexec.md), the texts it carries, `service`, and one of these, `vmexec`.
+//! Beside them, Qubes' own protocol: `stock` (docs/qrexec.md), the texts it carries, `service`, what
+//! they run in a guest, `programs`, and one of these, `vmexec`.
 
 mod call;
 mod decoder;
@@ -26,6 +27,7 @@ mod frame;
 mod guest;
 mod host;
 mod identity;
+pub mod programs;
 pub mod service;
 pub mod stock;
 pub mod vmexec;

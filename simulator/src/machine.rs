@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use control_plane::agent_link::Limits;
+use control_plane::calls::wire::Finder;
 use control_plane::error::{Error, Kind, Result};
 use control_plane::machine::{Budget, Machine};
 use control_plane::state::State;
@@ -65,5 +66,9 @@ impl Machine for SimMachine {
     fn agent_limits(&self) -> Limits {
         let limit = if self.context.steps.has_silence() { SILENCE } else { BUSY };
         Limits { boot: limit, prerun: limit, settle: limit, identify: limit, rehearsal: limit }
+    }
+
+    fn call_channels(&self, _state: &State, _slot: u32) -> Option<Finder> {
+        None
     }
 }

@@ -35,6 +35,11 @@
 //!    suspend was cancelled) the guest's kernel registers all watches again, each of which fires at once. The agent watches
 //!    its `domid` for this alone, and offers anew, unasked. Should it have been suspended with a channel after all, it
 //!    notices that `OFFER/ring-ref` is not what it wrote.
+//!
+//! # Calls
+//! Calls have vchans by the rules of Qubes' own protocol (docs/qrexec.md): one for control, which the guest serves at [`QREXEC_PORT`], and one each,
+//! which either end serves, below its own node, for the other to find. That for control is asked for by a frame, not by [`REQUEST`], and
+//! offered anew whenever dom0's end has gone. None of them is there when a guest is captured.
 
 pub mod counters;
 pub mod devices;
@@ -47,6 +52,9 @@ pub mod shared;
 /// 6000 (GUI) of a guest, some of them with dom0: with none of these in its way both kinds of agent can serve in one guest. It is no port of
 /// anything else, and has no further meaning.
 pub const PORT: u16 = 3349;
+
+/// The port of Qubes' own agent, at which it takes orders.
+pub const QREXEC_PORT: u16 = 512;
 
 /// Where the agent offers its channel, below its domain's node: `data/vchan/<the client's domid>/<port>`, as Qubes' libvchan has
 /// it. Dom0 is the client.

@@ -16,6 +16,8 @@ const BACKENDS: [(&str, &str, &str); 2] =
 const TARGETS: [(&str, &str); 3] = [("snapshot", "dm-snapshot"), ("crypt", "dm-crypt"), ("zero", "dm-zero")];
 /// The devices of Xen's kernel drivers, below /dev.
 const DEVICES: [&str; 5] = ["xen/privcmd", "xen/hypercall", "xen/evtchn", "xen/gntdev", "xen/xenbus"];
+/// By what dom0 grants pages: calls have a channel each then.
+const GNTALLOC: &str = "dev/xen/gntalloc";
 /// Less is not enough for the smallest Debian guest and Xen's own tables of it.
 const FREE_MIN: ByteCount = ByteCount(192 << 20);
 /// The versions of Xen's domctl interface this engine speaks: Xen 4.17 to 4.22.
@@ -47,6 +49,8 @@ pub struct Facts {
     pub xenstored: Result<(), String>,
     /// Those of Xen's devices, below /dev, which are missing.
     pub devices_missing: Vec<&'static str>,
+    /// Whether dom0 can grant pages.
+    pub grants: bool,
     /// The backend drivers that are loaded, by their device type.
     pub backends: Vec<String>,
     /// The device-mapper targets the kernel has.
@@ -74,6 +78,7 @@ pub fn facts(
         guest_type: guest_type.map(|text| text.trim().to_owned()),
         xenstored,
         devices_missing: DEVICES.into_iter().filter(|name| !root.join("dev").join(name).exists()).collect(),
+        grants: root.join(GNTALLOC).exists(),
         backends: names.collect(),
         targets,
         loop_control: root.join("dev/loop-control").exists(),
@@ -88,6 +93,7 @@ pub fn findings(facts: &Facts) -> Vec<Finding> {
     findings.extend(BACKENDS.map(|(kind, module, what)| backend(facts, kind, module, what)));
     findings.extend(TARGETS.map(|(target, module)| device_mapper(facts, target, module)));
     findings.push(loop_devices(facts));
+    findings.push(grants(facts));
     findings
 }
 
@@ -193,6 +199,17 @@ fn device_mapper(facts: &Facts, target: &str, module: &'static str) -> Finding {
     }
 }
 
+/// Without it all works, but for a stock agent's calls.
+fn grants(facts: &Facts) -> Finding {
+    good(
+        "calls",
+        match facts.grants {
+            true => "a channel each",
+            false => "on the launch's own channel; `modprobe xen-gntalloc` gives each its own",
+        },
+    )
+}
+
 fn loop_devices(facts: &Facts) -> Finding {
     match facts.loop_control {
         true => good("loop", "there"),
@@ -224,6 +241,7 @@ mod tests {
             guest_type: Some("PV".into()),
             xenstored: Ok(()),
             devices_missing: vec![],
+            grants: true,
             backends: vec!["vbd".into(), "vif".into()],
             targets: Ok(vec!["snapshot".into(), "crypt".into(), "zero".into(), "linear".into()]),
             loop_control: true,
@@ -241,6 +259,9 @@ mod tests {
     #[test]
     fn a_fit_dom0_has_nothing_to_mend() {
         assert_eq!(complaints(&fit()), [""; 0]);
+        let ungranted = Facts { grants: false, ..fit() };
+        assert_eq!(complaints(&ungranted), [""; 0]);
+        assert!(findings(&ungranted).iter().any(|finding| finding.value.contains("modprobe xen-gntalloc")));
         assert_eq!(findings(&fit())[0], good("xen", "4.17.7, domctl 0x15"));
     }
 

@@ -16,6 +16,7 @@ use engine::host::{AgentPipe, Capture, Confinement, Domain, GuestSpec, HostError
 use engine::identity::CloneNumber;
 use engine::units::{ByteCount, PageRange};
 
+use crate::channel::offer::Place;
 use crate::channel::Channel;
 use crate::device_state;
 use crate::error::{guest_error, life_error, store_error, xen_error};
@@ -257,7 +258,7 @@ impl Domain for XenDomain {
         if self.channel.is_some() {
             return Err(HostError::Refused { step, reason: "its channel has been taken already".to_owned() });
         }
-        let (pipe, channel) = Channel::open(self.domid).map_err(HostError::io(step))?;
+        let (pipe, channel) = Channel::open(self.domid, Place::agent()).map_err(HostError::io(step))?;
         pipe.set_nonblocking(true).map_err(HostError::io(step))?;
         self.channel = Some(channel);
         Ok(Box::new(pipe))

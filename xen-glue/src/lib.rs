@@ -10,11 +10,13 @@
 //! | `boot/` | from a kernel image to the first instruction of a PVH guest |
 //! | `stream/` | `xl save` files: read, checked, written |
 //! | `life/` | create, fill, capture, restore, destroy |
-//! | `channel/` | the agent's vchan |
+//! | `channel/` | the vchans of agents |
+//! | [`calls`] | what calls that have a vchan each need: the agent's channel, nodes |
 //! | [`host`], [`domain`] | the engine's `Host` and `Domain` |
 
 mod abi;
 pub mod boot;
+pub mod calls;
 pub mod channel;
 pub mod device_state;
 pub mod doctor;

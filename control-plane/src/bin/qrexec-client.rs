@@ -187,17 +187,17 @@ impl Options {
 /// Where the command runs.
 enum Remote<'a> {
     /// In a qube that runs.
-    Running { state: &'a State, name: &'a str, exec: qrexec::Exec },
+    Running { state: &'a State, name: &'a str, line: &'a CommandLine },
     /// In a disposable of its own.
     Fresh(Command),
 }
 
 impl<'a> Remote<'a> {
-    fn of(state: &'a State, domain: &'a str, line: &CommandLine, quiet: bool) -> Result<Remote<'a>> {
+    fn of(state: &'a State, domain: &'a str, line: &'a CommandLine, quiet: bool) -> Result<Remote<'a>> {
         let exec = service::line(line)?;
         let keyword = domain.strip_prefix(['@', '$']);
         match keyword.map(|keyword| keyword.split_once(':').unwrap_or((keyword, ""))) {
-            None if domain != "dom0" => Ok(Remote::Running { state, name: domain, exec }),
+            None if domain != "dom0" => Ok(Remote::Running { state, name: domain, line }),
             Some(("dispvm", dvm)) => {
                 let mut launch = programs::command("dispvm-launch", state);
                 if !dvm.is_empty() {
@@ -225,7 +225,7 @@ impl<'a> Remote<'a> {
     /// Starts it, to be left alone.
     fn start(self) -> Result<()> {
         match self {
-            Remote::Running { state, name, exec } => client::start(state, name, exec),
+            Remote::Running { state, name, line } => client::start(state, name, service::line(line)?),
             Remote::Fresh(mut launch) => {
                 // A group of its own: what the terminal tells ours is not for it.
                 launch.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
@@ -237,9 +237,9 @@ impl<'a> Remote<'a> {
     /// Runs it with these streams to its end.
     fn run(self, fds: [OwnedFd; 3]) -> Result<u8> {
         match self {
-            Remote::Running { state, name, exec } => {
+            Remote::Running { state, name, line } => {
                 let borrowed: [BorrowedFd<'_>; 3] = fds.each_ref().map(AsFd::as_fd);
-                client::call(state, name, exec, borrowed).map(qrexec::Exit::status)
+                client::call_line(state, name, line, borrowed)
             }
             Remote::Fresh(mut launch) => {
                 let [stdin, stdout, stderr] = fds;

@@ -12,7 +12,7 @@ use clap::Parser;
 use control_plane::calls::carry_out::{self, Carrier};
 use control_plane::calls::decide::{self, Asked, Rules};
 use control_plane::calls::verdict::Teller;
-use control_plane::calls::{service, system_log};
+use control_plane::calls::{carriage, programs, service, system_log};
 use control_plane::cli::{generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::output::error_text;
@@ -31,6 +31,9 @@ const NAME: &str = "qrexec-policy-exec";
 struct Options {
     #[command(flatten)]
     common: Common,
+    /// Carry the call's streams over a vchan that is served to this domain, in place of standard input and output
+    #[arg(long, value_name = "DOMAIN", hide = true)]
+    serve: Option<u16>,
     /// The qube that calls
     source: String,
     /// Whom it calls, as it says
@@ -53,6 +56,9 @@ fn main() -> ExitCode {
     // The holder blocks signals, and a call ends with its holder.
     let _ = SigSet::all().thread_unblock();
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
+    if let Some(domain) = options.serve {
+        return serve(&options, domain, &mut teller);
+    }
     match prepare(&options) {
         Ok((text, Carrier::Nothing(why))) => {
             tell(&mut teller, true, &format!("{text}, but {why}"));
@@ -74,6 +80,22 @@ fn main() -> ExitCode {
             ExitCode::from(EXIT_REFUSED)
         }
     }
+}
+
+/// Stays between the call's vchan and another of us, which decides and has the streams.
+fn serve(options: &Options, domain: u16, teller: &mut Teller) -> ExitCode {
+    let served = options.common.state().map_err(io::Error::other).and_then(|state| {
+        let mut program = programs::command(NAME, &state);
+        program.arg("--").args([&options.source, &options.target, &options.service]);
+        carriage::answer(domain, program, teller)
+    });
+    served.map_or_else(
+        |error| {
+            tell(teller, false, &format!("a call cannot be carried: {error}"));
+            ExitCode::from(EXIT_PROBLEM)
+        },
+        ExitCode::from,
+    )
 }
 
 /// Becomes what carries the call out, or does so itself.

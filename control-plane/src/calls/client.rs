@@ -1,13 +1,15 @@
 //! What a caller asks of the holder of a guest.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
-use qrexec::service::QubeName;
+use call_channel::Broken;
+use qrexec::service::{CommandLine, QubeName};
 use qrexec::{Exec, Exit};
 
-use super::message::{Answer, Control, Message, Status};
+use super::message::{Answer, Control, Message, Serving, Status};
+use super::{carriage, service};
 use crate::daemon::channel::Channel;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
@@ -25,6 +27,41 @@ pub fn call(state: &State, name: &str, exec: Exec, fds: [BorrowedFd<'_>; 3]) -> 
         Answer::Exited(exit) => Ok(exit),
         other => Err(refusal(&step, other)),
     }
+}
+
+/// The same with a command line, over a vchan of its own where the guest's host has those for calls, and we may serve one.
+pub fn call_line(state: &State, name: &str, line: &CommandLine, fds: [BorrowedFd<'_>; 3]) -> Result<u8> {
+    let exec = service::line(line)?;
+    if carriage::can_serve() {
+        if let Some(status) = call_served(state, name, line, fds)? {
+            return Ok(status);
+        }
+    }
+    call(state, name, exec, fds).map(Exit::status)
+}
+
+/// `None`: nothing has been run, for want of pages to grant.
+fn call_served(
+    state: &State,
+    name: &str,
+    line: &CommandLine,
+    fds: [BorrowedFd<'_>; 3],
+) -> Result<Option<u8>> {
+    let step = format!("run a command in {name}");
+    let holder = send(state, name, &Message::Line(line.clone()), &fds)?;
+    let (answer, _) = holder.receive().map_err(Error::failed(&step))?.ok_or_else(|| gone(name))?;
+    let domain = match answer {
+        Answer::Serve { domain } => domain,
+        Answer::Exited(exit) => return Ok(Some(exit.status())),
+        other => return Err(refusal(&step, other)),
+    };
+    let Ok((link, offer)) = carriage::serve(domain) else { return Ok(None) };
+    let serving = Serving { grant: offer.grant, port: offer.port };
+    holder.send(&serving, &[]).map_err(Error::failed(&step))?;
+    carriage::call(link, fds, holder.as_fd()).map(Some).map_err(|broken| match broken {
+        Broken::HungUp => gone(name),
+        broken => Error::failed(&step)(broken),
+    })
 }
 
 /// Starts `exec` in the guest `name`, with nothing to read and nobody to hear it; it goes on whoever ends.

@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use engine::host::HostError;
 use engine::timeline::Timeline;
 use nix::poll::PollFlags;
-use qrexec::{Failed, GuestFrame, Op, CALL_STREAM};
+use qrexec::{Failed, GuestFrame, HostFrame, Op, CALL_STREAM};
 
 use super::command::{Command, Which, Whose};
 use super::message::Answer;
 use super::outgoing::{Outgoing, Part};
 use super::reception::Reception;
 use super::watch::Watch;
+use super::wire::{self, Finder, Wants, Wire};
 use crate::agent_link::{AgentLink, COMMAND_STREAM};
 use crate::error::Result;
 use crate::output::error_text;
@@ -47,6 +48,12 @@ impl Exchange {
         Ok(Exchange { link, hub: Hub::new(Some(reception), Outgoing::of(state, name)) })
     }
 
+    /// The same, with a channel for each call where the guest that `finder` finds has them.
+    pub fn with_channels(mut self, state: &State, name: &str, finder: Option<Finder>) -> Exchange {
+        self.hub.wire = Wire::new(finder, (state.clone(), name.to_owned()));
+        self
+    }
+
     /// The same, but a socket that cannot be had is no reason to give up a guest that runs: it takes no calls then.
     pub fn or_without_calls(state: &State, name: &str, link: AgentLink) -> Exchange {
         let reception = Reception::open(state.call_socket(name))
@@ -71,6 +78,7 @@ impl Exchange {
 pub(crate) struct Hub {
     reception: Option<Reception>,
     pub(super) outgoing: Outgoing,
+    pub(super) wire: Wire,
     pub(super) commands: BTreeMap<u32, Command>,
     pub(super) last_stream: u32,
     thawed: bool,
@@ -89,6 +97,7 @@ enum Source {
     Caller(u32),
     Stream(u32, Which),
     Outgoing(u32, Part),
+    Wire(wire::Part),
 }
 
 impl Hub {
@@ -101,6 +110,7 @@ impl Hub {
         Hub {
             reception,
             outgoing,
+            wire: Wire::none(),
             commands: BTreeMap::new(),
             last_stream: COMMAND_STREAM,
             thawed: false,
@@ -173,6 +183,7 @@ impl Hub {
                         }
                     }
                     Source::Outgoing(stream, part) => self.outgoing.turn(stream, part, flags, link)?,
+                    Source::Wire(part) => self.wire.turn(part, &mut self.outgoing),
                 }
             }
         }
@@ -187,7 +198,10 @@ impl Hub {
             let Some(frame) = link.next_frame()? else { return Ok(()) };
             match stream_of(&frame) {
                 0 => self.take_control(&frame, timeline)?,
-                CALL_STREAM.. => self.outgoing.take(frame, link)?,
+                CALL_STREAM.. => {
+                    self.outgoing.elsewhere = self.wire.counts().1;
+                    self.outgoing.take(frame, link)?;
+                }
                 stream => self.take(stream, frame, link, timeline)?,
             }
         }
@@ -226,9 +240,13 @@ impl Hub {
         match frame {
             GuestFrame::Done(Op::Thaw) if !self.thawed => {
                 self.thawed = true;
+                self.wire.thawed();
                 timeline.mark("thawed");
             }
             GuestFrame::Failed { failed, .. } if failed.op == Some(Op::Shutdown) => self.stay_up(failed),
+            GuestFrame::Failed { failed, .. } if failed.op == Some(Op::ServeCalls) => {
+                self.wire.not_offered(&failed_text(failed));
+            }
             GuestFrame::Failed { failed, .. } => return Err(SessionError::NotStarted(failed_text(failed))),
             _ => {}
         }
@@ -258,6 +276,9 @@ impl Hub {
             command.kill_if_due(now, link)?;
         }
         self.outgoing.kill_those_due();
+        if self.wire.settle() == Wants::Offer {
+            link.queue(&HostFrame::ServeCalls)?;
+        }
         self.reception.iter_mut().for_each(Reception::expire);
         Ok(None)
     }
@@ -307,6 +328,10 @@ impl Hub {
             watch.add(Source::Outgoing(stream, part), fd, flags);
         }
         self.outgoing.deadline().into_iter().for_each(|deadline| watch.until(deadline));
+        for (part, fd, flags) in self.wire.interests() {
+            watch.add(Source::Wire(part), fd, flags);
+        }
+        self.wire.deadline().into_iter().for_each(|deadline| watch.until(deadline));
         watch.wait().map_err(|error| io_error("wait")(error.into()))
     }
 }

@@ -1,10 +1,12 @@
 //! The words at a call socket: one message each way.
 //!
 //! A caller's message is one byte, then for `CALL` and `START` an `Exec` frame of [`qrexec`] as the agent gets it, which has room for any bytes
-//! and no other form for the same; for `CONTROL` one byte that says which [`Control`]. A call has three descriptors with it: stdin,
-//! stdout, stderr.
-//! The answer is one [`Answer`] in JSON.
+//! and no other form for the same; for `LINE` a command line of qrexec's; for `CONTROL` one byte that says which [`Control`]. A call has
+//! three descriptors with it: stdin, stdout, stderr.
+//! The answer is one [`Answer`] in JSON. After `Serve` the caller says one [`Serving`], and its end is the call's; the holder says nothing more,
+//! and hangs up with the guest.
 
+use qrexec::service::CommandLine;
 use qrexec::{Decoder, Exec, Exit, HostFrame, ProtocolError, HEADER_BYTES, PAYLOAD_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +17,7 @@ pub const CALL_FDS: usize = 3;
 
 const CALL: u8 = b'x';
 const START: u8 = b'e';
+const LINE: u8 = b'l';
 const CONTROL: u8 = b'c';
 /// The frame has to have a stream; which one it gets, the holder says.
 const ANY_STREAM: u32 = 1;
@@ -24,6 +27,8 @@ const ANY_STREAM: u32 = 1;
 pub enum Message {
     /// Run this.
     Call(Box<Exec>),
+    /// Run this; where a call has a channel of its own, the caller can serve it.
+    Line(CommandLine),
     /// Run this, with nothing to read and nobody to hear it, and do not wait for its end: the caller may go.
     Start(Box<Exec>),
     /// Something about the guest itself.
@@ -65,6 +70,7 @@ impl Message {
                 HostFrame::Exec { stream: ANY_STREAM, exec: exec.clone() }.encode(&mut out)?;
                 Ok(out)
             }
+            Message::Line(line) => Ok([&[LINE], &line.to_bytes()[..]].concat()),
             Message::Control(control) => {
                 let number = CONTROLS.iter().position(|known| known == control).unwrap_or_default();
                 Ok(vec![CONTROL, number as u8])
@@ -86,6 +92,7 @@ impl Message {
                     _ => Err(MessageError::Form),
                 }
             }
+            [LINE, line @ ..] => CommandLine::parse(line).map(Message::Line).map_err(|_| MessageError::Form),
             [CONTROL, number] => {
                 CONTROLS.get(usize::from(*number)).copied().map(Message::Control).ok_or(MessageError::Form)
             }
@@ -110,10 +117,25 @@ pub enum Answer {
         /// Why.
         reason: String,
     },
+    /// Serve a vchan to this domain, say where it is, and carry the call over it yourself.
+    Serve {
+        /// The guest's number.
+        domain: u16,
+    },
     /// It is done.
     Done,
     /// How the guest is.
     Status(Status),
+}
+
+/// What a caller says of the vchan that it serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serving {
+    /// The grant of its first page.
+    pub grant: u32,
+    /// Its event channel.
+    pub port: u32,
 }
 
 /// How a guest is.
@@ -150,6 +172,9 @@ mod tests {
             let message = Message::Control(control);
             assert_eq!(Message::parse(&message.encode().unwrap()), Ok(message));
         }
+        let line = Message::Line(CommandLine::parse(b"user:QUBESRPC a+b work name x").unwrap());
+        assert_eq!(Message::parse(&line.encode().unwrap()), Ok(line));
+        assert_eq!(Message::parse(b"luser"), Err(MessageError::Form));
         let longest = Exec::user([vec![b'a'; PAYLOAD_BYTES_MAX - 9]]);
         let bytes = Message::Call(Box::new(longest)).encode().unwrap();
         assert_eq!(bytes.len(), MESSAGE_BYTES_MAX);

@@ -25,6 +25,7 @@
 //! [`GREETING_LIMIT`]: reception::GREETING_LIMIT
 //! [`BACKLOG_MAX`]: exchange::BACKLOG_MAX
 
+pub mod carriage;
 pub mod carry_out;
 pub mod client;
 mod command;
@@ -34,6 +35,7 @@ mod flow;
 pub mod in_dom0;
 pub mod message;
 pub mod outgoing;
+mod process;
 pub mod programs;
 mod rate;
 pub mod ready;
@@ -44,5 +46,6 @@ mod supervise;
 pub mod system_log;
 pub mod verdict;
 mod watch;
+pub mod wire;
 
 pub use exchange::Exchange;

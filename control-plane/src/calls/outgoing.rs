@@ -11,33 +11,22 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
 
-use call_channel::port::Port;
 use nix::poll::PollFlags;
-use nix::sys::signal::{killpg, Signal};
-use nix::unistd::Pid;
-use qrexec::{Call, Exit, GuestFrame, HostFrame, ProtocolError, STREAMS_MAX};
-use rustix::fs::OFlags;
-use rustix::io::FdFlags;
-use rustix::process::{waitid, PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus};
+use qrexec::{Call, GuestFrame, HostFrame, ProtocolError, STREAMS_MAX};
 
 use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
+use super::process::{self, Errand, Process, Streams};
 use super::rate::{Rate, Turn};
-use super::{programs, verdict};
+use super::verdict::{Refusals, Verdict};
 use crate::agent_link::AgentLink;
 use crate::session::SessionError;
 use crate::state::State;
 
-/// Calls of one guest at a time.
+/// Calls of one guest at a time, on whichever way.
 pub const CALLS_OUT_MAX: usize = STREAMS_MAX;
-/// How long a call's processes may take to end after SIGTERM, before SIGKILL.
-const TERM_LIMIT: Duration = Duration::from_secs(5);
-/// The same when we end ourselves: somebody waits for the guest to be gone.
-const LAST_LIMIT: Duration = Duration::from_millis(500);
 
 /// What of a call can be ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,43 +43,40 @@ pub(super) struct Outgoing {
     /// Who calls. A guest without a name makes no calls.
     caller: Option<(State, String)>,
     calls: BTreeMap<u32, CallOut>,
-    refusals: verdict::Refusals,
+    /// Those that go another way, which count as well.
+    pub(super) elsewhere: usize,
+    pub(super) refusals: Refusals,
     rate: Rate,
 }
 
 /// One of them.
 struct CallOut {
-    child: Child,
-    ended: OwnedFd,
-    /// Says what was decided; taken once it has.
-    verdict: Option<OwnedFd>,
+    process: Process,
     stdin: Output,
     stdout: Input,
     stderr: Input,
     /// Whether its last frame has been sent: then only its processes are left to end.
     over: bool,
-    exit: Option<Exit>,
-    kill_at: Option<Instant>,
 }
 
 impl Outgoing {
     pub(super) fn of(state: &State, name: &str) -> Outgoing {
-        Outgoing {
-            caller: Some((state.clone(), name.to_owned())),
-            calls: BTreeMap::new(),
-            refusals: verdict::Refusals::none(),
-            rate: Rate::new(),
-        }
+        Outgoing::by(Some((state.clone(), name.to_owned())))
     }
 
     /// Refuses every call.
     pub(super) fn refused() -> Outgoing {
-        Outgoing {
-            caller: None,
-            calls: BTreeMap::new(),
-            refusals: verdict::Refusals::none(),
-            rate: Rate::new(),
-        }
+        Outgoing::by(None)
+    }
+
+    fn by(caller: Option<(State, String)>) -> Outgoing {
+        let (refusals, rate) = (Refusals::none(), Rate::new());
+        Outgoing { caller, calls: BTreeMap::new(), elsewhere: 0, refusals, rate }
+    }
+
+    /// Whether a call that goes another way comes too soon.
+    pub(super) fn is_too_often(&mut self, name: &str) -> bool {
+        is_too_often(&mut self.rate, name)
     }
 
     pub(super) fn count(&self) -> usize {
@@ -141,9 +127,11 @@ impl Outgoing {
         }
         let started = match &self.caller {
             Some((_, name)) if is_too_often(&mut self.rate, name) => None,
-            Some((state, name)) if self.calls.len() < CALLS_OUT_MAX => CallOut::start(state, name, call)
-                .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
-                .ok(),
+            Some((state, name)) if self.calls.len() + self.elsewhere < CALLS_OUT_MAX => {
+                CallOut::start(state, name, call)
+                    .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
+                    .ok()
+            }
             _ => None,
         };
         match started {
@@ -164,16 +152,12 @@ impl Outgoing {
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.calls.values().filter_map(|call| call.kill_at).min()
+        self.calls.values().filter_map(|call| call.process.kill_at()).min()
     }
 
     /// Kills what was told to end long enough ago.
     pub(super) fn kill_those_due(&mut self) {
-        let now = Instant::now();
-        for call in self.calls.values_mut().filter(|call| call.kill_at.is_some_and(|at| at <= now)) {
-            call.kill_at = None;
-            call.signal(Signal::SIGKILL);
-        }
+        self.calls.values_mut().for_each(|call| call.process.kill_if_due());
     }
 
     /// Does what a ready descriptor is for.
@@ -187,7 +171,7 @@ impl Outgoing {
         let Some(call) = self.calls.get_mut(&stream) else { return Ok(()) };
         match part {
             Part::Verdict => call.hear_verdict(stream, &mut self.refusals, link)?,
-            Part::End => call.look(),
+            Part::End => call.process.look(),
             Part::Stdin => call.feed(stream, flags, link)?,
             Part::Stdout | Part::Stderr => call.pass_on(stream, part, link)?,
         }
@@ -198,13 +182,9 @@ impl Outgoing {
     fn settle(&mut self, stream: u32, link: &mut AgentLink) -> Result<(), SessionError> {
         let Some(call) = self.calls.get_mut(&stream) else { return Ok(()) };
         if call.finish(stream, &mut self.refusals, link)? {
-            // Some of a group that was told to end may not heed it, and nobody counts them from here on.
-            if call.kill_at.is_some() {
-                call.signal(Signal::SIGKILL);
+            if let Some(call) = self.calls.remove(&stream) {
+                call.process.forget();
             }
-            // Known to have ended.
-            let _ = call.child.wait();
-            self.calls.remove(&stream);
         }
         Ok(())
     }
@@ -212,42 +192,20 @@ impl Outgoing {
 
 impl CallOut {
     fn start(state: &State, name: &str, call: &Call) -> io::Result<CallOut> {
-        let (verdict, tell) = io::pipe()?;
-        let mut command = programs::command("qrexec-policy-exec", state);
-        command.arg("--").args([name, &call.target.to_string(), &call.service.to_string()]);
-        command.env(verdict::VARIABLE, tell.as_raw_fd().to_string());
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.process_group(0);
-        rustix::io::fcntl_setfd(&tell, FdFlags::empty())?;
-        rustix::fs::fcntl_setfl(&verdict, OFlags::NONBLOCK)?;
-        let mut child = command.spawn()?;
-        drop(tell);
-        let taken = take_streams(&mut child);
-        let (stdin, stdout, stderr, ended) = match taken {
-            Ok(taken) => taken,
-            Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(error);
-            }
-        };
+        let errand = Errand { state, name, target: &call.target, service: &call.service };
+        let (process, Streams { stdin, stdout, stderr }) = Process::start(&errand)?;
         Ok(CallOut {
-            child,
-            ended,
-            verdict: Some(verdict.into()),
+            process,
             stdin: Output::new(Some(stdin)),
             stdout: Input::new(Some(stdout)),
             stderr: Input::new(Some(stderr)),
             over: false,
-            exit: None,
-            kill_at: None,
         })
     }
 
     fn interests(&self, takes_output: bool) -> impl Iterator<Item = (Part, BorrowedFd<'_>, PollFlags)> {
-        let decides = self.verdict.as_ref().map(|verdict| (verdict.as_fd(), PollFlags::POLLIN));
-        let ended = Some((self.ended.as_fd(), PollFlags::POLLIN)).filter(|_| self.exit.is_none());
-        let flows = self.verdict.is_none() && !self.over;
+        let [decides, ended] = self.process.interests();
+        let flows = self.process.is_decided() && !self.over;
         let output = |input: &'_ Input| flows && takes_output && !input.has_ended();
         let interests = [
             (Part::Verdict, decides),
@@ -262,16 +220,17 @@ impl CallOut {
     fn hear_verdict(
         &mut self,
         stream: u32,
-        refusals: &mut verdict::Refusals,
+        refusals: &mut Refusals,
         link: &mut AgentLink,
     ) -> Result<(), SessionError> {
-        let Some(verdict) = self.verdict.take() else { return Ok(()) };
-        if verdict::hear(verdict, refusals) {
-            link.queue(&HostFrame::CallAccepted { stream })?;
-        } else {
-            link.queue(&HostFrame::CallRefused { stream })?;
-            self.over = true;
-            self.end_soon();
+        match self.process.hear_verdict(refusals) {
+            None => {}
+            Some(Verdict::Refused) => {
+                link.queue(&HostFrame::CallRefused { stream })?;
+                self.over = true;
+                self.process.end_soon();
+            }
+            Some(Verdict::Accepted(_)) => link.queue(&HostFrame::CallAccepted { stream })?,
         }
         Ok(())
     }
@@ -311,37 +270,17 @@ impl CallOut {
         self.stdin.close();
         self.stdout.close();
         self.stderr.close();
-        self.end_soon();
-    }
-
-    fn end_soon(&mut self) {
-        self.signal(Signal::SIGTERM);
-        self.kill_at.get_or_insert(Instant::now() + TERM_LIMIT);
-    }
-
-    /// Also after the first process has ended: others of its group may go on.
-    fn signal(&self, signal: Signal) {
-        if let Ok(group) = i32::try_from(self.child.id()) {
-            let _ = killpg(Pid::from_raw(group), signal);
-        }
-    }
-
-    /// Notes how its process has ended, and leaves it a zombie: so long its number is nobody else's.
-    fn look(&mut self) {
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        if let Ok(Some(status)) = waitid(WaitId::PidFd(self.ended.as_fd()), options) {
-            self.exit = Some(exit_of(&status));
-        }
+        self.process.end_soon();
     }
 
     /// Sends the last frame once all is over. Whether nothing is left of the call.
     fn finish(
         &mut self,
         stream: u32,
-        refusals: &mut verdict::Refusals,
+        refusals: &mut Refusals,
         link: &mut AgentLink,
     ) -> Result<bool, SessionError> {
-        let Some(exit) = self.exit else { return Ok(false) };
+        let Some(exit) = self.process.exit() else { return Ok(false) };
         // What it has decided may be unread yet.
         self.hear_verdict(stream, refusals, link)?;
         if !self.over && self.stdout.has_ended() && self.stderr.has_ended() {
@@ -354,20 +293,8 @@ impl CallOut {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-            self.calls.values().for_each(|call| call.signal(signal));
-            let deadline = Instant::now() + LAST_LIMIT;
-            for call in self.calls.values_mut() {
-                while call.exit.is_none() && Instant::now() < deadline {
-                    std::thread::sleep(Duration::from_millis(2));
-                    call.look();
-                }
-            }
-        }
-        // One that has become another user, or waits for a disk, is not ours to end: nor is its guest's end to wait for it.
-        for call in self.calls.values_mut().filter(|call| call.exit.is_some()) {
-            let _ = call.child.wait();
-        }
+        let calls = std::mem::take(&mut self.calls);
+        process::end_all(calls.into_values().map(|call| call.process).collect());
     }
 }
 
@@ -378,24 +305,4 @@ fn is_too_often(rate: &mut Rate, name: &str) -> bool {
         tracing::warn!("{name} calls too often: what is too much is refused");
     }
     turn != Turn::Taken
-}
-
-type Streams = (Port, Port, Port, OwnedFd);
-
-fn take_streams(child: &mut Child) -> io::Result<Streams> {
-    let missing = || io::Error::other("a process without its pipes");
-    let stdin: OwnedFd = child.stdin.take().ok_or_else(missing)?.into();
-    let stdout: OwnedFd = child.stdout.take().ok_or_else(missing)?.into();
-    let stderr: OwnedFd = child.stderr.take().ok_or_else(missing)?.into();
-    let ended = rustix::process::pidfd_open(rustix::process::Pid::from_child(child), PidfdFlags::empty())?;
-    Ok((Port::own(stdin)?, Port::own(stdout)?, Port::own(stderr)?, ended))
-}
-
-fn exit_of(status: &WaitIdStatus) -> Exit {
-    let number = |number: Option<i32>| number.and_then(|number| u8::try_from(number).ok());
-    match (number(status.exit_status()), number(status.terminating_signal())) {
-        (Some(code), _) => Exit::Code(code),
-        (None, Some(signal)) => Exit::Signal(signal),
-        (None, None) => Exit::Code(qrexec::service::EXIT_PROBLEM),
-    }
 }

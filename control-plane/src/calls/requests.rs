@@ -2,14 +2,17 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use qrexec::service::CommandLine;
 use qrexec::{Exec, HostFrame, CALL_STREAM, STREAMS_MAX};
 
 use super::command::{Command, Whose};
 use super::exchange::{Ended, Hub};
 use super::message::{Answer, Control, Message, Status, CALL_FDS};
 use super::reception::Wish;
+use super::service;
 use crate::agent_link::AgentLink;
 use crate::daemon::channel::Channel;
+use crate::output::error_text;
 use crate::session::Attended;
 
 /// Commands of callers at a time: what the agent takes, but for the main one.
@@ -34,6 +37,10 @@ impl Hub {
                 Ok((fds, stream)) => return self.begin(whose, stream, exec, &fds, link),
                 Err(reason) => Answer::Refused { reason },
             },
+            Ok(Message::Line(line)) => match self.room() {
+                Ok(stream) => return self.begin_line(whose, stream, line, fds, link),
+                Err(reason) => Answer::Refused { reason },
+            },
             Err(error) => Answer::Refused { reason: error.to_string() },
         };
         // One that has gone has no ears.
@@ -41,9 +48,36 @@ impl Hub {
         Ok(())
     }
 
+    /// Starts a caller's command, over a channel of its own if it can have one.
+    fn begin_line(
+        &mut self,
+        caller: Channel,
+        stream: u32,
+        line: CommandLine,
+        fds: Vec<OwnedFd>,
+        link: &mut AgentLink,
+    ) -> Ended<()> {
+        if self.wire.takes_commands() {
+            self.wire.begin(caller, line);
+            return Ok(());
+        }
+        let started = three(fds).and_then(|fds| {
+            let exec = service::line(&line).map_err(|error| error_text(&error))?;
+            Ok((fds, Box::new(exec)))
+        });
+        match started {
+            Ok((fds, exec)) => self.begin(caller, stream, exec, &fds, link),
+            Err(reason) => {
+                let _ = caller.send(&Answer::Refused { reason }, &[]);
+                Ok(())
+            }
+        }
+    }
+
     /// The stream of one more command, or why there is none.
     fn room(&mut self) -> std::result::Result<u32, String> {
-        let others = self.commands.values().filter(|command| !command.is_main()).count();
+        let framed = self.commands.values().filter(|command| !command.is_main()).count();
+        let others = framed + self.wire.counts().0;
         if self.shutting_down {
             return Err("it is shutting down".to_owned());
         }
@@ -104,8 +138,8 @@ impl Hub {
         Status {
             paused: self.paused,
             shutting_down: self.shutting_down,
-            commands: self.commands.len(),
-            calls_out: self.outgoing.count(),
+            commands: self.commands.len() + self.wire.counts().0,
+            calls_out: self.outgoing.count() + self.wire.counts().1,
         }
     }
 }

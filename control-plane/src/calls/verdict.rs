@@ -1,9 +1,12 @@
-//! What `qrexec-policy-exec` tells the holder that started it, on a pipe whose number is in its environment: one line, `+` or `-` and why.
+//! What `qrexec-policy-exec` tells the holder that started it, on a pipe whose number is in its environment: one line. `+` and why; `-` and
+//! why not; or `=GRANT PORT ` and why, from one that serves the call's own vchan.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
+
+use vchan::link::Offer;
 
 /// Names the pipe.
 pub const VARIABLE: &str = "DISPVM_CALL_VERDICT";
@@ -13,25 +16,48 @@ const LINE_BYTES_MAX: usize = 4096;
 const REFUSALS_LOGGED: u32 = 20;
 const REFUSALS_PERIOD: Duration = Duration::from_secs(60);
 
+/// What was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The call may not happen.
+    Refused,
+    /// It may; the vchan that is served for it, if one is.
+    Accepted(Option<Offer>),
+}
+
 /// Hears it; one that says nothing refuses. Does not wait: the pipe is readable, or at its end.
-pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals) -> bool {
+pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals) -> Verdict {
+    let (verdict, why) = read(verdict);
+    match verdict {
+        Verdict::Refused => refusals.log(&why),
+        Verdict::Accepted(_) => tracing::info!("{why}"),
+    }
+    verdict
+}
+
+/// Reads it, with the reason.
+pub(super) fn read(verdict: OwnedFd) -> (Verdict, String) {
     let mut line = [0; LINE_BYTES_MAX];
     let count = File::from(verdict).read(&mut line).unwrap_or(0);
-    let text = String::from_utf8_lossy(line.get(1..count).unwrap_or_default());
-    match line.first().filter(|_| count > 0) {
-        Some(b'+') => {
-            tracing::info!("{}", text.trim_end());
-            true
-        }
-        Some(_) => {
-            refusals.log(text.trim_end());
-            false
-        }
-        None => {
-            refusals.log("a call ended before it was decided");
-            false
-        }
+    let text = String::from_utf8_lossy(line.get(..count).unwrap_or_default());
+    match parse(&text) {
+        Some((verdict, why)) => (verdict, why.to_owned()),
+        None => (Verdict::Refused, "a call ended before it was decided".to_owned()),
     }
+}
+
+fn parse(line: &str) -> Option<(Verdict, &str)> {
+    let line = line.trim_end();
+    if let Some(why) = line.strip_prefix('+') {
+        return Some((Verdict::Accepted(None), why));
+    }
+    if let Some(why) = line.strip_prefix('-') {
+        return Some((Verdict::Refused, why));
+    }
+    let mut words = line.strip_prefix('=')?.splitn(3, ' ');
+    let grant = words.next()?.parse().ok()?;
+    let port = words.next()?.parse().ok()?;
+    Some((Verdict::Accepted(Some(Offer { grant, port })), words.next().unwrap_or_default()))
 }
 
 /// What is logged of calls that do not happen: the guest says how many there are, and the log is dom0's disk.
@@ -81,8 +107,17 @@ impl Teller {
 
     /// Says it, once. Answers whether there is still a call: a holder that has gone hears nothing, and its guest is gone as well.
     pub fn tell(&mut self, accepted: bool, why: &str) -> bool {
+        self.say(format!("{}{why}", if accepted { '+' } else { '-' }))
+    }
+
+    /// The same of a call that is allowed, and whose vchan stands.
+    pub fn tell_served(&mut self, offer: Offer, why: &str) -> bool {
+        self.say(format!("={} {} {why}", offer.grant, offer.port))
+    }
+
+    fn say(&mut self, line: String) -> bool {
         let Some(mut pipe) = self.0.take() else { return true };
-        let mut line = format!("{}{why}", if accepted { '+' } else { '-' }).into_bytes();
+        let mut line = line.into_bytes();
         line.truncate(LINE_BYTES_MAX);
         pipe.write_all(&line).is_ok()
     }
@@ -99,6 +134,22 @@ mod tests {
         let logged = (0..100_000).filter(|_| refusals.count(start) <= REFUSALS_LOGGED).count();
         assert_eq!(logged, REFUSALS_LOGGED as usize + 1);
         assert_eq!(refusals.count(start + 2 * REFUSALS_PERIOD), 0, "the next are told again");
+    }
+
+    #[test]
+    fn verdicts_are_read_as_they_are_told() {
+        let told = |tell: &dyn Fn(&mut Teller) -> bool| {
+            let (reader, writer) = std::io::pipe().unwrap();
+            assert!(tell(&mut Teller(Some(File::from(OwnedFd::from(writer))))));
+            hear(reader.into(), &mut Refusals::none())
+        };
+        let offer = Offer { grant: 77, port: 5 };
+        assert_eq!(told(&|teller| teller.tell_served(offer, "a rule")), Verdict::Accepted(Some(offer)));
+        assert_eq!(told(&|teller| teller.tell(true, "= 1")), Verdict::Accepted(None));
+        assert_eq!(told(&|teller| teller.tell(false, "+")), Verdict::Refused);
+        for line in ["", "=", "=1", "=1 x why", "=-1 2 why", "1 2"] {
+            assert_eq!(parse(line), None, "{line}");
+        }
     }
 
     #[test]

@@ -138,7 +138,8 @@ fn begin(
     };
     let signals = impatient.end().map_err(Error::failed("listen to signals"))?;
     let Guest { domain, link, mut lease, kept } = guest;
-    let exchange = Exchange::new(state, name, link)?;
+    let channels = machine.call_channels(state, lease.number().get());
+    let exchange = Exchange::new(state, name, link)?.with_channels(state, name, channels);
     lease.tell(Power::Running)?;
     Ok(Held { domain, exchange, signals, lease, kept, lock })
 }

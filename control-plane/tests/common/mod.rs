@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use control_plane::agent_link::AgentLink;
+use control_plane::calls::wire::Finder;
 use control_plane::calls::Exchange;
 use control_plane::qube::{Class, Dvm, Qube, Template};
 use control_plane::session::{Attended, Ending, SessionError, Signals};
@@ -170,18 +171,29 @@ impl Guest {
     }
 
     pub fn start_as(name: &'static str, pauses: bool) -> Guest {
+        Guest::start_with(name, pauses, None)
+    }
+
+    /// One with a channel for each call.
+    pub fn start_with(name: &'static str, pauses: bool, channels: Option<Finder>) -> Guest {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(folder.path()).unwrap();
         qubes(&state);
-        Guest::start_in(state, folder, name, pauses)
+        Guest::start_in(state, folder, name, pauses, channels)
     }
 
     /// Another guest of the same state folder.
     pub fn start_beside(&self, name: &'static str) -> Guest {
-        Guest::start_in(self.state.clone(), tempfile::tempdir().unwrap(), name, true)
+        Guest::start_in(self.state.clone(), tempfile::tempdir().unwrap(), name, true, None)
     }
 
-    fn start_in(state: State, folder: tempfile::TempDir, name: &'static str, pauses: bool) -> Guest {
+    fn start_in(
+        state: State,
+        folder: tempfile::TempDir,
+        name: &'static str,
+        pauses: bool,
+        channels: Option<Finder>,
+    ) -> Guest {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (domain, events) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
@@ -191,7 +203,8 @@ impl Guest {
         let (told, bound) = std::sync::mpsc::channel();
         let holder = std::thread::spawn(move || {
             let mut signals = Signals::block().unwrap();
-            let mut exchange = Exchange::new(&its_state, name, AgentLink::new(Box::new(theirs))).unwrap();
+            let exchange = Exchange::new(&its_state, name, AgentLink::new(Box::new(theirs))).unwrap();
+            let mut exchange = exchange.with_channels(&its_state, name, channels);
             told.send(()).unwrap();
             let mut timeline = Timeline::since(Instant::now());
             exchange.run(&mut Bytes { events, pauses }, None, &mut signals, &mut timeline)

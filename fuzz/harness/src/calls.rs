@@ -1,12 +1,17 @@
-//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what programs in a guest and its agent say to
-//! each other, and the command lines of `qrexec-client`.
+//! Calls between qubes, apart from their frames: what callers say at a holder's call socket, what an agent and a dom0 say by
+//! Qubes' own protocol, what programs in a guest and its agent say to each other, and the command lines of `qrexec-client`.
 
 use std::os::fd::OwnedFd;
 
 use control_plane::calls::message::{Answer, Message};
 use control_plane::calls::service;
+use control_plane::calls::wire::control::{Control, Heard};
+use control_plane::calls::wire::ports::Ports;
 use guest_agent::calls::message::{self, Answer as AgentsAnswer};
+use guest_agent::stock::control::{Control as AgentsControl, Heard as Order};
 use qrexec::service::{Command, CommandLine};
+use qrexec::stock::control::DATA_PORTS;
+use qrexec::stock::WireError;
 use qrexec::{Call, Exec, HostFrame, PAYLOAD_BYTES_MAX};
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
@@ -20,6 +25,92 @@ pub fn call_socket(data: &[u8]) {
         let again = serde_json::to_vec(&answer).expect("an answer is JSON");
         assert_eq!(serde_json::from_slice::<Answer>(&again).expect("it comes back"), answer);
     }
+}
+
+/// The bytes as what an agent says to a holder, once its length of pieces is taken off. All that it asks for is answered, now so, now so.
+pub fn call_control(mut data: &[u8]) {
+    let [cut] = crate::take(&mut data);
+    let (mut control, mut ports) = (Control::new(), Ports::default());
+    let (mut held, mut asked) = (Vec::new(), 0usize);
+    let hello = control.unsent().len();
+    'channel: for piece in data.chunks(usize::from(cut).max(1)) {
+        let mut input = piece;
+        loop {
+            match control.hear(&mut input) {
+                Err(error) => {
+                    assert_eq!(control.hear(&mut &piece[..]), Err(error), "for ever");
+                    break 'channel;
+                }
+                Ok(None) => break,
+                Ok(Some(Heard::Agreed(_))) => assert!(asked == 0 && held.is_empty() && control.is_agreed()),
+                Ok(Some(Heard::Nonsense(request))) => {
+                    asked += 1;
+                    control.refuse(request).expect("what was parsed can be said");
+                }
+                Ok(Some(Heard::Asked(call))) => {
+                    asked += 1;
+                    assert!(!call.service.name().contains('/') && call.request.as_str().len() < 32);
+                    match ports.take() {
+                        Some(port) => {
+                            assert!(!held.contains(&port), "a port has one call");
+                            held.push(port);
+                            control.connect(port, call.request)
+                        }
+                        None => control.refuse(call.request),
+                    }
+                    .expect("what was parsed can be said");
+                }
+                Ok(Some(Heard::Terminated(port))) => {
+                    ports.terminated(port);
+                    if let Some(at) = held.iter().position(|held| *held == port) {
+                        ports.give_back(held.swap_remove(at));
+                    }
+                }
+            }
+        }
+    }
+    assert!(control.unsent().len() <= hello + 48 * asked, "each request has one short answer");
+    assert!(held.len() <= DATA_PORTS.len());
+    control.sent(usize::MAX);
+    assert!(control.unsent().is_empty());
+}
+
+/// The bytes as what a dom0 says to a guest's agent, once its length of pieces is taken off: how it is cut makes no difference, and no more is to be
+/// sent back than came.
+pub fn agent_control(mut data: &[u8]) {
+    let [cut] = crate::take(&mut data);
+    let pieces = usize::from(cut).max(1);
+    let (whole, end) = obeyed(data, data.len().max(1));
+    assert_eq!(
+        (&whole, &end),
+        (&obeyed(data, pieces).0, &obeyed(data, pieces).1),
+        "the pieces make a difference"
+    );
+}
+
+/// What an agent hears of this, and what is in the way of more.
+fn obeyed(data: &[u8], pieces: usize) -> (Vec<Order>, Option<WireError>) {
+    let (mut control, mut orders) = (AgentsControl::new(), Vec::new());
+    let hello = control.unsent().len();
+    for piece in data.chunks(pieces) {
+        let mut input = piece;
+        loop {
+            match control.hear(&mut input) {
+                Err(error) => return (orders, Some(error)),
+                Ok(None) => break,
+                Ok(Some(order)) => {
+                    assert_eq!(order == Order::Agreed, orders.is_empty() && control.is_agreed());
+                    if let Order::Exec { endpoint, line, .. } = &order {
+                        assert!(!line.is_empty() && !line.contains(&0));
+                        control.terminated(*endpoint).expect("it can be said");
+                    }
+                    orders.push(order);
+                }
+            }
+        }
+    }
+    assert!(control.unsent().len() <= hello + data.len(), "an answer is smaller than what it answers");
+    (orders, None)
 }
 
 /// The bytes as what a program in a guest says to its agent, and as what it is answered, over a real socket of theirs.

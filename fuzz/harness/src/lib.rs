@@ -63,6 +63,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "admin_request", run: admin::request },
     Target { name: "filecopy", run: filecopy::transfer },
     Target { name: "call_socket", run: calls::call_socket },
+    Target { name: "call_control", run: calls::call_control },
+    Target { name: "agent_control", run: calls::agent_control },
     Target { name: "agent_call", run: calls::agent_call },
     Target { name: "call_line", run: calls::call_line },
     Target { name: "rpc_service", run: rpc_service::files },

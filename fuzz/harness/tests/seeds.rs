@@ -427,6 +427,9 @@ fn write_transfers() {
 #[ignore = "writes the seeds"]
 fn write_calls() {
     use control_plane::calls::message::{Answer, Control, Message};
+    use qrexec::service::CommandLine;
+    use qrexec::stock::control::{Endpoint, RequestId, Trigger};
+    use qrexec::stock::{FromAgent, ToAgent, Version};
 
     let exec = Exec { env: vec![(b"A".to_vec(), b"b".to_vec())], ..Exec::user(["sh", "-c", "exit 7"]) };
     keep("call_socket", "call", Message::Call(Box::new(exec.clone())).encode().unwrap());
@@ -439,6 +442,43 @@ fn write_calls() {
     ] {
         keep("call_socket", name, serde_json::to_vec(&answer).unwrap());
     }
+    let line = CommandLine::parse(b"DEFAULT:QUBESRPC qubes.VMShell dom0").unwrap();
+    keep("call_socket", "line", Message::Line(line).encode().unwrap());
+    keep("call_socket", "serve", serde_json::to_vec(&Answer::Serve { domain: 7 }).unwrap());
+    let endpoint = |domain| Endpoint { domain, port: 513 };
+    let request = RequestId::new("SOCKET7").unwrap();
+    let trigger = |service: &[u8], source: &[u8]| {
+        FromAgent::Trigger(Trigger {
+            service: service.to_vec(),
+            target: b"@dispvm".to_vec(),
+            source: source.to_vec(),
+            request: request.clone(),
+        })
+    };
+    for version in [Version::V2, Version::V3, Version::V4] {
+        let mut bytes = vec![200];
+        version.encode_hello(&mut bytes);
+        let ends =
+            [FromAgent::ConnectionTerminated(endpoint(0)), FromAgent::ConnectionTerminated(endpoint(4))];
+        for message in [trigger(b"qubes.OpenURL", b""), trigger(b"../x", b"")].iter().chain(&ends) {
+            message.encode(version, &mut bytes).unwrap();
+        }
+        keep("call_control", &format!("v{}", version.number()), bytes);
+    }
+    let orders = [
+        ToAgent::ExecCmdline(endpoint(0), b"DEFAULT:QUBESRPC qubes.VMShell dom0".to_vec()),
+        ToAgent::JustExec(endpoint(4), b"root:true".to_vec()),
+        ToAgent::ServiceConnect(endpoint(0), request.clone()),
+        ToAgent::ServiceRefused(request.clone()),
+    ];
+    let mut bytes = vec![7];
+    Version::V3.encode_hello(&mut bytes);
+    orders.iter().for_each(|order| order.encode(&mut bytes).unwrap());
+    keep("agent_control", "orders", bytes);
+    let mut bytes = vec![3];
+    Version::V4.encode_hello(&mut bytes);
+    trigger(b"qubes.OpenURL", b"work").encode(Version::V4, &mut bytes).unwrap();
+    keep("call_control", "source", bytes);
     keep(
         "agent_call",
         "call",

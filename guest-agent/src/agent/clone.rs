@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use qrexec::{Exec, Identity, Op, ProtocolError};
+use qrexec::{Exec, Identity, Op, ProtocolError, STREAMS_MAX};
 
 use super::Agent;
 use crate::cgroup::Freezer;
@@ -19,7 +19,7 @@ const THAW_PAUSE: Duration = Duration::from_millis(100);
 impl Agent {
     pub(super) fn freeze(&mut self) -> Result<(), Failure> {
         self.alone()?;
-        if self.commands.any() {
+        if self.commands.any() || self.stock.any() {
             return Err(Failure::ours("freeze", libc::EBUSY, "commands are running"));
         }
         self.kit = Some(Kit::open()?);
@@ -30,7 +30,10 @@ impl Agent {
             .freeze(apart.as_deref())
             .and_then(|()| self.kit.as_mut().map_or(Ok(()), Kit::poise));
         match frozen {
-            Ok(()) => self.calls.end(&mut self.outbox),
+            Ok(()) => {
+                self.stock.end();
+                self.calls.end(&mut self.outbox);
+            }
             Err(_) => drop(self.thaw()),
         }
         frozen
@@ -57,6 +60,11 @@ impl Agent {
     /// Starts a command, if everything is frozen in the process that waits for it. The group of commands is thawed for it: a
     /// command need not wait for all the rest.
     pub(super) fn execute(&mut self, stream: u32, exec: Exec) -> Result<(), ProtocolError> {
+        if self.commands.count() + self.stock.commands() >= STREAMS_MAX {
+            let why = "64 commands are running";
+            self.fail(stream, Some(Op::Exec), Failure::ours("start a process", libc::EAGAIN, why));
+            return Ok(());
+        }
         let exec = match self.place.services().resolve(exec) {
             Ok(exec) => exec,
             Err(failure) => {

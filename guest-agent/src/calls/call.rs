@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use qrexec::{kind, Call as Wanted, GuestFrame, HostFrame, ProtocolError};
 
 use super::message::{self, Answer};
+use super::Other;
 use crate::failure::Failure;
 use crate::flow::{pipe_from, pipe_to, News, Sink, Source};
 use crate::outbox::{Outbox, Taken};
@@ -67,8 +68,8 @@ impl Call {
         self.stream
     }
 
-    /// Hears what the program wants, if it has said so, and asks the host. `true`: the stream is used.
-    pub fn ask(&mut self, stream: u32, outbox: &mut Outbox) -> bool {
+    /// Hears what the program wants, if it has said so, and asks the host, or has the `other` way take it. `true`: the stream is used.
+    pub fn ask(&mut self, stream: u32, outbox: &mut Outbox, other: &mut dyn Other) -> bool {
         let Some(client) = &self.client else { return false };
         let said = match message::hear(client) {
             Ok(None) => return false,
@@ -79,6 +80,11 @@ impl Call {
             }
         };
         match Wanted::decode(&said) {
+            Ok(call) if other.takes_calls() => {
+                self.state = State::Over;
+                self.client.take().into_iter().for_each(|client| other.begin(client, &call));
+                false
+            }
             Ok(call) => {
                 outbox.push(&GuestFrame::Call { stream, call });
                 (self.stream, self.state) = (Some(stream), State::Asked);
@@ -149,10 +155,16 @@ impl Call {
     }
 
     /// Does what it can do. `true`: it has used `stream`, which is the next.
-    pub fn serve(&mut self, ready: &[PollSlot], stream: u32, outbox: &mut Outbox) -> bool {
+    pub fn serve(
+        &mut self,
+        ready: &[PollSlot],
+        stream: u32,
+        outbox: &mut Outbox,
+        other: &mut dyn Other,
+    ) -> bool {
         let events = |at: usize| ready.get(at).map_or(0, |slot| slot.revents);
         if events(0) != 0 && self.is_silent() {
-            return self.ask(stream, outbox);
+            return self.ask(stream, outbox, other);
         }
         if let (State::Accepted(flow), Some(stream)) = (&mut self.state, self.stream) {
             flow.pump(stream, [events(1), events(2), events(3)], outbox);

@@ -15,13 +15,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use qrexec::{HostFrame, ProtocolError, CALL_STREAM, STREAMS_MAX};
+use qrexec::{Call, HostFrame, ProtocolError, CALL_STREAM, STREAMS_MAX};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::failure::{Failure, Step};
 use crate::outbox::{Outbox, ROOM};
 use crate::sys::{self, PollSlot};
-use call::{Call, SLOTS};
+use call::{Call as Program, SLOTS};
 use message::Answer;
 
 /// Where programs find the agent. Everybody in the guest may call: the host's policy is what decides.
@@ -29,11 +29,21 @@ pub const SOCKET: &str = "/run/dispvm/qrexec.sock";
 /// Programs that wait to be noticed; more than this wait in connect(2).
 const BACKLOG: i32 = 64;
 
+/// Another way for calls than the host's frames.
+pub trait Other {
+    /// Calls that go by it.
+    fn count(&self) -> usize;
+    /// Whether it takes calls now.
+    fn takes_calls(&self) -> bool;
+    /// Takes one, whose program is at this socket. Legal if it takes calls.
+    fn begin(&mut self, client: OwnedFd, wanted: &Call);
+}
+
 /// A table of calls.
 #[derive(Default)]
 pub struct Calls {
     listener: Option<OwnedFd>,
-    calls: Vec<Call>,
+    calls: Vec<Program>,
     begun: u32,
 }
 
@@ -81,33 +91,33 @@ impl Calls {
         slots.extend(self.calls.iter().flat_map(|call| call.slots(room)));
     }
 
-    /// Serves all, with the slots that [`watch`](Self::watch) appended.
-    pub fn serve(&mut self, ready: &[PollSlot], outbox: &mut Outbox) {
+    /// Serves all, with the slots that [`watch`](Self::watch) appended. Those that begin go the `other` way, if it takes them.
+    pub fn serve(&mut self, ready: &[PollSlot], outbox: &mut Outbox, other: &mut dyn Other) {
         let Some((listener, mut ready)) = ready.split_first() else { return };
         for call in &mut self.calls {
             let (slots, rest) = ready.split_at(SLOTS.min(ready.len()));
             ready = rest;
             let next = CALL_STREAM | self.begun;
-            if slots.iter().any(|slot| slot.revents != 0) && call.serve(slots, next, outbox) {
+            if slots.iter().any(|slot| slot.revents != 0) && call.serve(slots, next, outbox, other) {
                 self.begun = (self.begun + 1) & !CALL_STREAM;
             }
         }
         self.calls.retain(|call| !call.is_over());
         if listener.revents != 0 {
-            self.admit(outbox);
+            self.admit(outbox, other);
         }
     }
 
     /// Takes one program in, whose message is mostly there already.
-    fn admit(&mut self, outbox: &mut Outbox) {
-        let Some(mut call) = self.accept().map(Call::new) else { return };
-        if self.calls.len() >= STREAMS_MAX {
-            let Some(silent) = self.calls.iter().position(Call::is_silent) else {
+    fn admit(&mut self, outbox: &mut Outbox, other: &mut dyn Other) {
+        let Some(mut call) = self.accept().map(Program::new) else { return };
+        if self.calls.len() + other.count() >= STREAMS_MAX {
+            let Some(silent) = self.calls.iter().position(Program::is_silent) else {
                 return call.dismiss(&Answer::Problem(format!("{STREAMS_MAX} calls are under way")));
             };
             self.calls.remove(silent);
         }
-        if call.ask(CALL_STREAM | self.begun, outbox) {
+        if call.ask(CALL_STREAM | self.begun, outbox, other) {
             self.begun = (self.begun + 1) & !CALL_STREAM;
         }
         if !call.is_over() {
@@ -139,6 +149,8 @@ fn bind(path: &Path) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stock::site::XenSite;
+    use crate::stock::Stock;
     use qrexec::{Decoder, GuestFrame};
 
     fn caller(path: &Path) -> OwnedFd {
@@ -162,7 +174,7 @@ mod tests {
         let mut slots = Vec::new();
         calls.watch(&mut slots, outbox);
         sys::poll(&mut slots, Some(0)).expect("polls");
-        calls.serve(&slots, outbox);
+        calls.serve(&slots, outbox, &mut Stock::<XenSite>::default());
         said(outbox)
     }
 

@@ -5,7 +5,7 @@
 
 mod stream;
 mod vchan;
-mod xenbus;
+pub mod xenbus;
 
 use std::fs;
 use std::io;
@@ -99,6 +99,14 @@ impl Port {
         match self {
             Self::Stream(stream) => stream.wait_for_host(),
             Self::Vchan(vchan) => vchan.wait_for_host().map(|()| true),
+        }
+    }
+
+    /// Whether it hung up because this guest was suspended: every channel of its has ended then.
+    pub fn was_suspended(&mut self) -> bool {
+        match self {
+            Self::Stream(_) => false,
+            Self::Vchan(vchan) => vchan.was_suspended(),
         }
     }
 

@@ -95,6 +95,12 @@ impl Vchan {
         self.offer()
     }
 
+    /// Whether a suspend has ended the channel.
+    pub fn was_suspended(&mut self) -> bool {
+        self.void |= !self.stands().unwrap_or(false);
+        self.void
+    }
+
     /// Slots of poll: the event channel, and xenstore.
     pub fn slots(&self) -> [PollSlot; SLOTS] {
         let bell = self.offer.as_ref().map(|offer| offer.link.as_fd());
@@ -159,7 +165,7 @@ impl Vchan {
     /// What woke the agent may have been the host's going and a suspend after it, so xenstore is asked here too. (A suspend between its
     /// answer and the close would be missed; a host of this project's sees the offer gone before it has the guest suspend.)
     fn let_go(&mut self) -> io::Result<()> {
-        self.void |= !self.stands().unwrap_or(false);
+        self.was_suspended();
         if let Some(offer) = self.offer.take() {
             match self.void {
                 true => offer.link.abandon(),

@@ -19,8 +19,10 @@ const PAYLOAD_MAX: usize = 4096;
 
 const READ: u32 = 2;
 const WATCH: u32 = 4;
+const UNWATCH: u32 = 5;
 const WRITE: u32 = 11;
 const RM: u32 = 13;
+const SET_PERMS: u32 = 14;
 const WATCH_EVENT: u32 = 15;
 const ERROR: u32 = 16;
 
@@ -41,6 +43,18 @@ impl Request {
     /// An end of a node and those below it.
     pub fn rm(path: &str) -> Self {
         Self(RM, [path.as_bytes(), b"\0"].concat())
+    }
+
+    /// Who may do what with a node: its owner first, which need not be named again.
+    pub fn set_perms(path: &str, perms: &[&str]) -> Self {
+        let mut payload = [path.as_bytes(), b"\0"].concat();
+        perms.iter().for_each(|perm| payload.extend([perm.as_bytes(), b"\0"].concat()));
+        Self(SET_PERMS, payload)
+    }
+
+    /// The end of a watch.
+    pub fn unwatch(path: &str, token: &str) -> Self {
+        Self(UNWATCH, [path.as_bytes(), b"\0", token.as_bytes(), b"\0"].concat())
     }
 
     fn path(&self) -> String {

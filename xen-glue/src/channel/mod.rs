@@ -1,4 +1,4 @@
-//! The agent's channel: a vchan that the guest's agent offers, joined to a socket of this machine's by a thread, the pump.
+//! A channel to an agent: a vchan that the guest offers, joined to a socket of this machine's by a thread, the pump.
 //!
 //! Invariants:
 //! - the guest is not trusted: what it writes into pages and nodes is checked (crate `vchan`), and what it sends without being read fills
@@ -34,7 +34,7 @@ use crate::hypercalls::DomId;
 use crate::threads;
 use crate::xenstore::{Xenstore, XenstoreError};
 use link::{Reach, XenReach};
-use offer::Nook;
+use offer::{Nook, Place};
 use pump::Pump;
 
 /// What the pump is to do.
@@ -110,13 +110,18 @@ pub struct Channel {
 impl Channel {
     /// Begins to look for the agent of a domain that xenstore knows. Returns at once: this end of the channel, a non-blocking socket, takes
     /// and gives bytes when the guest has offered its vchan, and hangs up when the guest has.
-    pub fn open(domid: DomId) -> io::Result<(UnixStream, Channel)> {
+    pub fn open(domid: DomId, place: Place) -> io::Result<(UnixStream, Channel)> {
         let store = Xenstore::open().map_err(io::Error::other)?;
-        Channel::over(domid, store, Box::new(XenReach::new(domid)))
+        Channel::over(domid, place, store, Box::new(XenReach::new(domid)))
     }
 
     /// The same, over a connection to xenstored and another way to reach the guest.
-    pub fn over(domid: DomId, store: Xenstore, reach: Box<dyn Reach>) -> io::Result<(UnixStream, Channel)> {
+    pub fn over(
+        domid: DomId,
+        place: Place,
+        store: Xenstore,
+        reach: Box<dyn Reach>,
+    ) -> io::Result<(UnixStream, Channel)> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
         theirs.set_nonblocking(true)?;
@@ -124,7 +129,7 @@ impl Channel {
         let control = Control { order: Mutex::new(Order::Carry), wake, connected: OnceLock::new() };
         let control = Arc::new(control);
         let (tell, outcome) = mpsc::channel();
-        let nook = Nook::new(store, domid).map_err(io::Error::other)?;
+        let nook = Nook::new(store, domid, place).map_err(io::Error::other)?;
         let pump = Pump::new(domid, nook, reach, ours, Arc::clone(&control));
         let thread = threads::spawn(format!("channel-{domid}"), move || {
             // Nobody listens where the channel was dropped.

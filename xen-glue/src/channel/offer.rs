@@ -10,10 +10,31 @@ use crate::xenstore::{Access, Node, Nodes, Perm, Xenstore, XenstoreError};
 const OFFERED: &str = "offer";
 const RELEASED: &str = "released";
 
+/// Which vchan of a guest is meant. The paths are below the guest's own node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    offer: String,
+    /// By what it is asked for; `None`: it comes by itself.
+    request: Option<&'static str>,
+}
+
+impl Place {
+    /// Our agent's own.
+    pub fn agent() -> Place {
+        Place { offer: OFFER.to_owned(), request: Some(REQUEST) }
+    }
+
+    /// What the guest serves to dom0 at another port.
+    pub fn port(port: u16) -> Place {
+        Place { offer: format!("data/vchan/0/{port}"), request: None }
+    }
+}
+
 /// The nodes of one guest, watched.
 pub struct Nook {
     store: Xenstore,
     domid: DomId,
+    place: Place,
 }
 
 /// What has changed.
@@ -27,9 +48,9 @@ pub struct News {
 
 impl Nook {
     /// Begins to watch.
-    pub fn new(store: Xenstore, domid: DomId) -> Result<Nook, XenstoreError> {
-        let nook = Nook { store, domid };
-        nook.store.watch(&nook.path(&format!("{OFFER}/{RING_REF}")), OFFERED)?;
+    pub fn new(store: Xenstore, domid: DomId, place: Place) -> Result<Nook, XenstoreError> {
+        let nook = Nook { store, domid, place };
+        nook.store.watch(&nook.offered(RING_REF), OFFERED)?;
         nook.store.watch("@releaseDomain", RELEASED)?;
         Ok(nook)
     }
@@ -58,7 +79,7 @@ impl Nook {
 
     /// Whether the guest has an offer standing, or something that looks like one.
     pub fn stands(&self) -> Result<bool, XenstoreError> {
-        self.store.read(&self.path(&format!("{OFFER}/{RING_REF}"))).map(|value| value.is_some())
+        self.store.read(&self.offered(RING_REF)).map(|value| value.is_some())
     }
 
     /// What the guest offers. What cannot be read as an offer is none.
@@ -68,9 +89,10 @@ impl Nook {
         Ok(grant.zip(port).map(|(grant, port)| Offer { grant, port }))
     }
 
-    /// Asks the guest for an offer, unless one stands.
+    /// Asks the guest for an offer, unless one stands, or such an offer is not to be asked for.
     pub fn ask(&self) -> Result<(), XenstoreError> {
-        let (ring_ref, request) = (self.path(&format!("{OFFER}/{RING_REF}")), self.path(REQUEST));
+        let Some(request) = self.place.request else { return Ok(()) };
+        let (ring_ref, request) = (self.offered(RING_REF), self.path(request));
         let readable = [Perm::new(0, Access::None), Perm::new(self.domid.0, Access::Read)];
         self.store.transaction("ask the agent for its channel", |transaction| {
             if transaction.read(&ring_ref)?.is_some() {
@@ -83,8 +105,12 @@ impl Nook {
     }
 
     fn number(&self, name: &str) -> Result<Option<u32>, XenstoreError> {
-        let value = self.store.read(&self.path(&format!("{OFFER}/{name}")))?;
+        let value = self.store.read(&self.offered(name))?;
         Ok(value.and_then(|value| value.parse().ok()))
+    }
+
+    fn offered(&self, name: &str) -> String {
+        self.path(&format!("{}/{name}", self.place.offer))
     }
 
     fn path(&self, below: &str) -> String {

@@ -18,6 +18,7 @@ use vchan::shared::Shared;
 use vchan::{AGENT_ORDERS, REQUEST};
 
 use super::link::Reach;
+use super::offer::Place;
 use super::{Channel, LetGoError};
 use crate::hypercalls::DomId;
 use crate::xenstore::simulated::Simulated;
@@ -74,7 +75,7 @@ impl Guest {
     }
 
     fn channel(&self) -> (UnixStream, Channel) {
-        let opened = Channel::over(DOMID, self.xenstore.connect(), Box::new(self.clone()));
+        let opened = Channel::over(DOMID, Place::agent(), self.xenstore.connect(), Box::new(self.clone()));
         let (stream, channel) = opened.expect("opens");
         stream.set_nonblocking(false).expect("blocking");
         stream.set_read_timeout(Some(LIMIT)).expect("a limit");

@@ -183,9 +183,15 @@ impl DomainNodes {
 }
 
 /// All that a domain has, whoever wrote it.
-fn roots(domid: DomId, uuid: &Uuid) -> [String; 6] {
+fn roots(domid: DomId, uuid: &Uuid) -> [String; 7] {
     let backend = |kind: &str| format!("/local/domain/0/backend/{kind}/{domid}");
-    [home(domid), vm(uuid), libxl(domid), backend("console"), backend("vbd"), backend("vif")]
+    let [console, vbd, vif] = ["console", "vbd", "vif"].map(backend);
+    [home(domid), vm(uuid), libxl(domid), console, vbd, vif, vchans(domid)]
+}
+
+/// What dom0 serves to a domain, each vchan below its port.
+pub fn vchans(domid: DomId) -> String {
+    format!("/local/domain/0/data/vchan/{domid}")
 }
 
 /// Has xenstored let go of a domain and removes all its nodes, those of its devices too, which must be closed. Those that are

@@ -1,0 +1,95 @@
+//! A call's bytes over a vchan that we serve to the guest: what the process of a caller, or of a service, does while the holder looks on.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use call_channel::{run_client, run_service, Broken, Running, Streams, Watch};
+use nix::errno::Errno;
+use nix::sys::signal::{killpg, Signal};
+use nix::sys::wait::{waitpid, WaitPidFlag};
+use nix::unistd::getpgrp;
+use qrexec::service::{EXIT_PROBLEM, EXIT_REFUSED};
+use rustix::io::{fcntl_setfd, FdFlags};
+use vchan::devices::gntalloc::Gntalloc;
+use vchan::layout::Orders;
+use vchan::link::{self, Link, Offer};
+
+use super::verdict::{self, Teller, Verdict};
+use crate::session::Signals;
+
+/// The rings of a call, those that Qubes' agents have: 64 KiB each way.
+const ORDERS: Orders = Orders { left: 16, right: 16 };
+/// How long a guest may take to begin to speak. A stock agent may wait for the user's session first.
+const HELLO_LIMIT: Duration = Duration::from_secs(60);
+/// How long the processes of a service may take to end after SIGTERM.
+const TERM_LIMIT: Duration = Duration::from_secs(5);
+
+/// Whether this process can serve a vchan: it may grant pages, and there is a device to do it by.
+pub fn can_serve() -> bool {
+    Gntalloc::open().is_ok()
+}
+
+/// Makes pages for a call, and grants them to the guest.
+pub fn serve(domain: u16) -> io::Result<(Link, Offer)> {
+    link::serve(domain, ORDERS)
+}
+
+/// Carries a caller's streams: the command's status. Ends when `holder` hangs up, which it does with the guest.
+pub fn call(link: Link, fds: [BorrowedFd<'_>; 3], holder: BorrowedFd<'_>) -> Result<u8, Broken> {
+    let streams = Streams::of_client(fds).map_err(Broken::Wait)?;
+    let watch = Watch { until: Some(holder), hello_by: Some(Instant::now() + HELLO_LIMIT) };
+    // As with a process, the low byte counts.
+    run_client(link, streams, watch).map(|code| code as u8)
+}
+
+/// Carries a call of the guest's: `program` is to be a `qrexec-policy-exec` that has the call's streams as its own. What it decides is passed on,
+/// with where the vchan is. Its processes are of our group, and end with the call, or with us: the status is its.
+pub fn answer(domain: u16, mut program: Command, teller: &mut Teller) -> io::Result<u8> {
+    let signals = Signals::block()?;
+    let (decided, tell) = io::pipe()?;
+    fcntl_setfd(&tell, FdFlags::empty())?;
+    program.env(verdict::VARIABLE, tell.as_raw_fd().to_string());
+    program.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = program.spawn()?;
+    drop(tell);
+    let (verdict, why) = verdict::read(decided.into());
+    if verdict == Verdict::Refused {
+        teller.tell(false, &why);
+        child.wait()?;
+        return Ok(EXIT_REFUSED);
+    }
+    let served = link::serve(domain, ORDERS).and_then(|served| Ok((served, Running::of(child)?)));
+    let told = match &served {
+        Ok(((_, offer), _)) => teller.tell_served(*offer, &why),
+        Err(error) => teller.tell(false, &format!("{why}, but its channel cannot be served: {error}")),
+    };
+    let carried = match served {
+        Ok(((link, _), running)) if told => {
+            let hello_by = Some(Instant::now() + HELLO_LIMIT);
+            let watch = Watch { until: Some(signals.as_fd()), hello_by };
+            run_service(link, || Ok(running), watch).ok()
+        }
+        _ => None,
+    };
+    if carried.is_none() {
+        end_group();
+    }
+    Ok(carried.map_or(EXIT_PROBLEM, |code| code as u8))
+}
+
+/// Ends what is of our group, which is the call's alone.
+fn end_group() {
+    // It reaches us as well, but is blocked.
+    let _ = killpg(getpgrp(), Signal::SIGTERM);
+    let deadline = Instant::now() + TERM_LIMIT;
+    loop {
+        match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+            Err(Errno::ECHILD) => return,
+            _ if Instant::now() >= deadline => break,
+            _ => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+    let _ = killpg(getpgrp(), Signal::SIGKILL);
+}

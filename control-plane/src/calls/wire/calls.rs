@@ -1,0 +1,278 @@
+//! The calls that are under way by vchans of their own: commands of callers in the guest, and calls of the guest's own.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use qrexec::service::CommandLine;
+use qrexec::stock::control::RequestId;
+use vchan::link::Offer;
+
+use super::control::{Asked, Control};
+use super::ports::Ports;
+use super::Vchans;
+use crate::calls::message::{Answer, Serving};
+use crate::calls::outgoing::{Outgoing, CALLS_OUT_MAX};
+use crate::calls::process::{end_all, Errand, Process};
+use crate::calls::verdict::{Refusals, Verdict};
+use crate::daemon::channel::Channel;
+use crate::state::State;
+
+/// A caller that is to serve a vchan does so at once.
+const SERVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What of a call can be ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    Caller,
+    Verdict,
+    End,
+}
+
+/// All of them.
+pub(super) struct Calls {
+    /// Who calls. A guest without a name makes no calls.
+    caller: Option<(State, String)>,
+    calls: BTreeMap<u64, Call>,
+    last: u64,
+    ports: Ports,
+}
+
+struct Call {
+    /// Where its vchan is, once the guest has been told.
+    port: Option<u32>,
+    whose: Whose,
+}
+
+enum Whose {
+    /// Of somebody at the call socket. Until its vchan is served, what is to run, and until when it may take.
+    Caller { channel: Channel, waits: Option<(CommandLine, Instant)> },
+    /// Of the guest. The request is taken once it is answered.
+    Guest { process: Process, request: Option<RequestId> },
+}
+
+impl Calls {
+    /// Of a guest that is held under this name.
+    pub(super) fn of(caller: Option<(State, String)>) -> Calls {
+        Calls { caller, calls: BTreeMap::new(), last: 0, ports: Ports::default() }
+    }
+
+    /// Commands of callers, and calls of the guest.
+    pub(super) fn counts(&self) -> (usize, usize) {
+        let into = self.calls.values().filter(|call| matches!(call.whose, Whose::Caller { .. })).count();
+        (into, self.calls.len() - into)
+    }
+
+    fn add(&mut self, whose: Whose) {
+        self.last += 1;
+        self.calls.insert(self.last, Call { port: None, whose });
+    }
+
+    /// Whether there is a port for one more.
+    pub(super) fn has_port(&self) -> bool {
+        self.ports.has_one()
+    }
+
+    /// Has a caller serve a vchan for its command.
+    pub(super) fn begin(&mut self, channel: Channel, line: CommandLine, domain: u16) {
+        // One that has gone has no ears.
+        if channel.send(&Answer::Serve { domain }, &[]).is_ok() {
+            let waits = Some((line, Instant::now() + SERVE_LIMIT));
+            self.add(Whose::Caller { channel, waits });
+        }
+    }
+
+    /// Has the policy asked about a call that the guest wants. The error is a request to refuse.
+    pub(super) fn ask(&mut self, asked: Asked, domain: u16, other: &mut Outgoing) -> Result<(), RequestId> {
+        let Asked { target, service, request } = asked;
+        let Some((state, name)) = &self.caller else { return Err(request) };
+        if other.is_too_often(name) || self.counts().1 + other.count() >= CALLS_OUT_MAX {
+            return Err(request);
+        }
+        let errand = Errand { state, name, target: &target, service: &service };
+        match Process::start_serving(&errand, domain) {
+            Ok(process) => {
+                self.add(Whose::Guest { process, request: Some(request) });
+                Ok(())
+            }
+            Err(error) => {
+                other.refusals.log(&format!("cannot start a call of {name}: {error}"));
+                Err(request)
+            }
+        }
+    }
+
+    pub(super) fn interests(&self) -> impl Iterator<Item = (u64, Part, BorrowedFd<'_>, PollFlags)> {
+        self.calls.iter().flat_map(|(number, call)| {
+            let ready = match &call.whose {
+                Whose::Caller { channel, .. } => {
+                    [Some((Part::Caller, (channel.as_fd(), PollFlags::POLLIN))), None]
+                }
+                Whose::Guest { process, .. } => {
+                    let [verdict, end] = process.interests();
+                    [verdict.map(|one| (Part::Verdict, one)), end.map(|one| (Part::End, one))]
+                }
+            };
+            ready.into_iter().flatten().map(|(part, (fd, flags))| (*number, part, fd, flags))
+        })
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let of = |call: &Call| match &call.whose {
+            Whose::Caller { waits, .. } => waits.as_ref().map(|(_, until)| *until),
+            Whose::Guest { process, .. } => process.kill_at(),
+        };
+        self.calls.values().filter_map(of).min()
+    }
+
+    pub(super) fn kill_those_due(&mut self) {
+        for call in self.calls.values_mut() {
+            if let Whose::Guest { process, .. } = &mut call.whose {
+                process.kill_if_due();
+            }
+        }
+    }
+
+    /// Lets go of callers that have not served anything in time.
+    pub(super) fn expire(&mut self, guest: &mut dyn Vchans) {
+        let now = Instant::now();
+        let late = |call: &Call| match &call.whose {
+            Whose::Caller { waits: Some((_, until)), .. } => *until <= now,
+            _ => false,
+        };
+        let late: Vec<u64> =
+            self.calls.iter().filter(|(_, call)| late(call)).map(|(number, _)| *number).collect();
+        late.into_iter().for_each(|number| self.forget(number, guest));
+    }
+
+    /// Does what a ready descriptor is for. Without a control channel, a call that is not begun cannot be any more.
+    pub(super) fn turn(
+        &mut self,
+        number: u64,
+        part: Part,
+        guest: &mut dyn Vchans,
+        control: Option<&mut Control>,
+        refusals: &mut Refusals,
+    ) {
+        let Some(call) = self.calls.get_mut(&number) else { return };
+        let goes_on = match (&mut call.whose, part) {
+            (Whose::Caller { channel, waits }, Part::Caller) => match (waits.take(), control) {
+                (Some((line, _)), Some(control)) => {
+                    let offer = serving(channel);
+                    let port = offer.and_then(|offer| publish(&mut self.ports, guest, offer, refusals));
+                    call.port = port;
+                    port.is_some_and(|port| control.exec(port, &line.to_bytes()).is_ok())
+                }
+                // It has nothing more to say: what comes is its end.
+                _ => false,
+            },
+            (Whose::Guest { process, request }, Part::Verdict | Part::End) => {
+                if part == Part::End {
+                    process.look();
+                }
+                // What was decided may be unread yet when it has ended.
+                if let Some(verdict) = process.hear_verdict(refusals) {
+                    let offer = match verdict {
+                        Verdict::Accepted(offer) => offer.filter(|_| process.exit().is_none()),
+                        Verdict::Refused => None,
+                    };
+                    call.port = offer.and_then(|offer| publish(&mut self.ports, guest, offer, refusals));
+                    let answered = match (request.take(), control, call.port) {
+                        (Some(request), Some(control), Some(port)) => control.connect(port, request).is_ok(),
+                        (Some(request), Some(control), None) => {
+                            // Nothing of a request that was parsed can be wrong.
+                            let _ = control.refuse(request);
+                            false
+                        }
+                        _ => false,
+                    };
+                    if !answered {
+                        process.end_soon();
+                    }
+                }
+                process.exit().is_none()
+            }
+            _ => true,
+        };
+        if !goes_on {
+            self.forget(number, guest);
+        }
+    }
+
+    /// The guest has let go of a call's channel. A caller sees that for itself, behind what is left to read.
+    pub(super) fn terminated(&mut self, port: u32) {
+        self.ports.terminated(port);
+        let of_port = self.calls.values_mut().find(|call| call.port == Some(port));
+        if let Some(Call { whose: Whose::Guest { process, .. }, .. }) = of_port {
+            process.end_soon();
+        }
+    }
+
+    /// Those that the agent has not heard of it never will.
+    pub(super) fn lose_agent(&mut self) {
+        self.calls.retain(|_, call| match &mut call.whose {
+            Whose::Caller { waits, .. } => waits.is_none(),
+            Whose::Guest { process, request } => {
+                if request.take().is_some() {
+                    process.end_soon();
+                }
+                true
+            }
+        });
+    }
+
+    fn forget(&mut self, number: u64, guest: &mut dyn Vchans) {
+        let Some(call) = self.calls.remove(&number) else { return };
+        if let Some(port) = call.port {
+            withdraw(guest, port);
+            self.ports.give_back(port);
+        }
+        if let Whose::Guest { process, .. } = call.whose {
+            process.forget();
+        }
+    }
+
+    /// Takes back all that the guest was told.
+    pub(super) fn withdraw_all(&mut self, guest: &mut dyn Vchans) {
+        self.calls.values().filter_map(|call| call.port).for_each(|port| withdraw(guest, port));
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        let processes = std::mem::take(&mut self.calls).into_values().filter_map(|call| match call.whose {
+            Whose::Guest { process, .. } => Some(process),
+            Whose::Caller { .. } => None,
+        });
+        end_all(processes.collect());
+    }
+}
+
+/// What a caller serves; `None`: it has gone, or cannot.
+fn serving(channel: &Channel) -> Option<Offer> {
+    let (Serving { grant, port }, _) = channel.receive::<Serving>().ok()??;
+    Some(Offer { grant, port })
+}
+
+/// Tells the guest of a vchan: the port.
+fn publish(ports: &mut Ports, guest: &mut dyn Vchans, offer: Offer, refusals: &mut Refusals) -> Option<u32> {
+    let Some(port) = ports.take() else {
+        refusals.log("a call was refused: the guest has let go of none of the channels that calls had");
+        return None;
+    };
+    if let Err(error) = guest.publish(port, offer) {
+        refusals.log(&format!("cannot tell a guest of a call's channel: {error}"));
+        withdraw(guest, port);
+        ports.terminated(port);
+        ports.give_back(port);
+        return None;
+    }
+    Some(port)
+}
+
+fn withdraw(guest: &mut dyn Vchans, port: u32) {
+    if let Err(error) = guest.withdraw(port) {
+        tracing::warn!("a call's channel stays in xenstore until the guest ends: {error}");
+    }
+}
