@@ -157,7 +157,11 @@ impl Wire {
     /// Takes a caller's command, if the guest can have a channel for it; else gives all back.
     pub(super) fn begin(&mut self, caller: Channel, line: CommandLine) -> Result<(), (Channel, CommandLine)> {
         match (&self.guest, &self.channel) {
-            (Some(guest), Some(joined)) if joined.control.is_agreed() && self.calls.has_port() => {
+            (Some(guest), Some(joined))
+                if joined.control.is_agreed()
+                    && self.calls.has_port()
+                    && Control::takes(line.to_bytes().len()) =>
+            {
                 self.calls.begin(caller, line, guest.domain());
                 Ok(())
             }
