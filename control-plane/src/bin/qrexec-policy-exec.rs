@@ -4,6 +4,7 @@
 //! Invariants: nothing is read of the call's streams or written to them here, the guest would hear it; what is to be known is told to the
 //! holder, and to the system's log.
 
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
@@ -30,9 +31,12 @@ const NAME: &str = "qrexec-policy-exec";
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// Carry the call's streams over a vchan that is served to this domain, in place of standard input and output
-    #[arg(long, value_name = "DOMAIN", hide = true)]
-    serve: Option<u16>,
+    /// Carry the call's streams over a vchan that this domain serves at --port, in place of standard input and output
+    #[arg(long, value_name = "DOMAIN", hide = true, requires = "port")]
+    meet: Option<u16>,
+    /// Where it is
+    #[arg(long, value_name = "PORT", hide = true)]
+    port: Option<u16>,
     /// The qube that calls
     source: String,
     /// Whom it calls, as it says
@@ -56,8 +60,8 @@ fn main() -> ExitCode {
     let _ = SigSet::all().thread_unblock();
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
     match prepare(&options) {
-        Ok((text, program)) => match options.serve {
-            Some(domain) => serve(&mut teller, domain, &text, program),
+        Ok((text, program)) => match options.meet.zip(options.port) {
+            Some((domain, port)) => meet(&mut teller, (domain, port), &text, program),
             None => become_it(&mut teller, &text, program),
         },
         Err(error) => {
@@ -82,20 +86,26 @@ fn become_it(teller: &mut Teller, text: &str, program: Option<Command>) -> ExitC
 }
 
 /// Has the call's streams over a vchan, and the program below itself.
-fn serve(teller: &mut Teller, domain: u16, text: &str, program: Option<Command>) -> ExitCode {
-    let served = Signals::block().and_then(|signals| Ok((signals, carriage::serve(domain)?)));
-    let (signals, (link, offer)) = match served {
-        Ok(served) => served,
+fn meet(teller: &mut Teller, place: (u16, u16), text: &str, program: Option<Command>) -> ExitCode {
+    // Before anything is said: the holder ends us by a signal then.
+    let signals = match Signals::block() {
+        Ok(signals) => signals,
         Err(error) => {
-            tell(teller, false, &format!("{text}, but its channel cannot be served: {error}"));
+            tell(teller, false, &format!("{text}, but signals cannot be waited for: {error}"));
             return ExitCode::from(EXIT_PROBLEM);
         }
     };
     let text = if program.is_some() { text.to_owned() } else { no_service(text) };
-    system_log::say(NAME, &text);
-    if !teller.tell_served(offer, &one_line(&text)) {
+    if !tell(teller, true, &text) {
         return ExitCode::from(EXIT_PROBLEM);
     }
+    let link = match carriage::meet(place, signals.as_fd()) {
+        Ok(link) => link,
+        Err(error) => {
+            system_log::say(NAME, &format!("{text}, but its channel did not come: {error}"));
+            return ExitCode::from(EXIT_PROBLEM);
+        }
+    };
     match carriage::answer(link, program.ok_or(EXIT_NOT_FOUND), &signals) {
         Ok(status) => ExitCode::from(status),
         // Its end is the caller's doing, or the holder's.

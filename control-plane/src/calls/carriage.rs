@@ -1,4 +1,4 @@
-//! A call's bytes over a vchan that we serve to the guest: what the process of a caller, or of a service, does while the holder looks on.
+//! A call's bytes over a vchan, a command's that we serve to the guest, or that of its own call, which it serves: what the process of a caller, or of a service, does while the holder looks on.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -13,6 +13,7 @@ use nix::unistd::{dup2, getpgrp};
 use vchan::devices::gntalloc::Gntalloc;
 use vchan::layout::Orders;
 use vchan::link::{self, Link, Offer};
+use xen_glue::hypercalls::DomId;
 
 use crate::session::Signals;
 
@@ -31,6 +32,11 @@ pub fn can_serve() -> bool {
 /// Makes pages for a call, and grants them to the guest.
 pub fn serve(domain: u16) -> io::Result<(Link, Offer)> {
     link::serve(domain, ORDERS)
+}
+
+/// Waits for what a guest serves at a port, and connects to it. Ends when `until` becomes readable.
+pub fn meet((domain, port): (u16, u16), until: BorrowedFd<'_>) -> io::Result<Link> {
+    xen_glue::calls::meet(DomId(domain), port, until, Instant::now() + HELLO_LIMIT)
 }
 
 /// Carries a caller's streams: the command's status. Ends when `holder` hangs up, which it does with the guest.
