@@ -96,7 +96,7 @@ impl Control {
 
     /// Whether Qubes' own agent could take a command line of so many bytes; no `Hello` says whose agent it is.
     pub fn takes(bytes: usize) -> bool {
-        bytes <= AGENT_RING_BYTES - EXEC_BYTES - 1
+        bytes < AGENT_RING_BYTES - EXEC_BYTES
     }
 
     /// Has a command line run, its bytes over the vchan that is served at `port`.
