@@ -5,12 +5,16 @@
 //! ([`crate::xenstore::domain::withdraw`]), whoever wrote them.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
-use vchan::link::Offer;
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use vchan::link::{self, Link, Offer};
 use vchan::{EVENT_CHANNEL, RING_REF};
 
-use crate::channel::offer::Place;
+use crate::channel::offer::{Nook, Place};
 use crate::channel::Channel;
 use crate::host::XenHost;
 use crate::hypercalls::DomId;
@@ -66,6 +70,33 @@ impl CallGuest {
 
     fn path(&self, port: u32) -> String {
         format!("{}/{port}", vchans(self.domid))
+    }
+}
+
+/// Waits for what a domain serves to dom0 at a port, and connects to it. An error: `until` is readable, or the time is over.
+pub fn meet(domid: DomId, port: u16, until: BorrowedFd<'_>, deadline: Instant) -> io::Result<Link> {
+    let store = Xenstore::open().map_err(io::Error::other)?;
+    let nook = Nook::new(store, domid, Place::port(port)).map_err(io::Error::other)?;
+    loop {
+        nook.news().map_err(io::Error::other)?;
+        if let Some(offer) = nook.offer().map_err(io::Error::other)? {
+            // What one before it has left is no offer: there may be another.
+            if let Ok(link) = link::connect(domid.0, offer) {
+                return Ok(link);
+            }
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        let mut polled =
+            [PollFd::new(nook.store().as_fd(), PollFlags::POLLIN), PollFd::new(until, PollFlags::POLLIN)];
+        match poll(&mut polled, timeout) {
+            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(Errno::EINTR) | Ok(_) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if polled[1].any().unwrap_or(true) {
+            return Err(io::ErrorKind::Interrupted.into());
+        }
     }
 }
 

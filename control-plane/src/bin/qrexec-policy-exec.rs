@@ -31,9 +31,12 @@ const NAME: &str = "qrexec-policy-exec";
 struct Options {
     #[command(flatten)]
     common: Common,
-    /// Carry the call's streams over a vchan that is served to this domain, in place of standard input and output
-    #[arg(long, value_name = "DOMAIN", hide = true)]
-    serve: Option<u16>,
+    /// Carry the call's streams over a vchan that this domain serves at --port, in place of standard input and output
+    #[arg(long, value_name = "DOMAIN", hide = true, requires = "port")]
+    meet: Option<u16>,
+    /// Where it is
+    #[arg(long, value_name = "PORT", hide = true)]
+    port: Option<u16>,
     /// The qube that calls
     source: String,
     /// Whom it calls, as it says
@@ -56,8 +59,8 @@ fn main() -> ExitCode {
     // The holder blocks signals, and a call ends with its holder.
     let _ = SigSet::all().thread_unblock();
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
-    if let Some(domain) = options.serve {
-        return serve(&options, domain, &mut teller);
+    if let Some(place) = options.meet.zip(options.port) {
+        return meet(&options, place, &mut teller);
     }
     match prepare(&options) {
         Ok((text, Carrier::Nothing(why))) => {
@@ -83,13 +86,13 @@ fn main() -> ExitCode {
 }
 
 /// Stays between the call's vchan and another of us, which decides and has the streams.
-fn serve(options: &Options, domain: u16, teller: &mut Teller) -> ExitCode {
-    let served = options.common.state().map_err(io::Error::other).and_then(|state| {
+fn meet(options: &Options, place: (u16, u16), teller: &mut Teller) -> ExitCode {
+    let carried = options.common.state().map_err(io::Error::other).and_then(|state| {
         let mut program = programs::command(NAME, &state);
         program.arg("--").args([&options.source, &options.target, &options.service]);
-        carriage::answer(domain, program, teller)
+        carriage::answer(place, program, teller)
     });
-    served.map_or_else(
+    carried.map_or_else(
         |error| {
             tell(teller, false, &format!("a call cannot be carried: {error}"));
             ExitCode::from(EXIT_PROBLEM)

@@ -1,4 +1,5 @@
-//! A call's bytes over a vchan that we serve to the guest: what the process of a caller, or of a service, does while the holder looks on.
+//! A call's bytes over a vchan: a command's, which we serve to the guest, or that of the guest's own call, which it serves. What the process of a
+//! caller, or of a service, does while the holder looks on.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -15,6 +16,7 @@ use rustix::io::{fcntl_setfd, FdFlags};
 use vchan::devices::gntalloc::Gntalloc;
 use vchan::layout::Orders;
 use vchan::link::{self, Link, Offer};
+use xen_glue::hypercalls::DomId;
 
 use super::verdict::{self, Teller, Verdict};
 use crate::session::Signals;
@@ -36,6 +38,11 @@ pub fn serve(domain: u16) -> io::Result<(Link, Offer)> {
     link::serve(domain, ORDERS)
 }
 
+/// Waits for what a guest serves at a port, and connects to it. Ends when `until` becomes readable.
+pub fn meet((domain, port): (u16, u16), until: BorrowedFd<'_>) -> io::Result<Link> {
+    xen_glue::calls::meet(DomId(domain), port, until, Instant::now() + HELLO_LIMIT)
+}
+
 /// Carries a caller's streams: the command's status. Ends when `holder` hangs up, which it does with the guest.
 pub fn call(link: Link, fds: [BorrowedFd<'_>; 3], holder: BorrowedFd<'_>) -> Result<u8, Broken> {
     let streams = Streams::of_client(fds).map_err(Broken::Wait)?;
@@ -45,8 +52,9 @@ pub fn call(link: Link, fds: [BorrowedFd<'_>; 3], holder: BorrowedFd<'_>) -> Res
 }
 
 /// Carries a call of the guest's: `program` is to be a `qrexec-policy-exec` that has the call's streams as its own. What it decides is passed on,
-/// with where the vchan is. Its processes are of our group, and end with the call, or with us: the status is its.
-pub fn answer(domain: u16, mut program: Command, teller: &mut Teller) -> io::Result<u8> {
+/// and the guest, if it may call, serves the vchan at `place`. The program's processes are of our group, and end with the call, or with us: the
+/// status is its.
+pub fn answer(place: (u16, u16), mut program: Command, teller: &mut Teller) -> io::Result<u8> {
     let signals = Signals::block()?;
     let (decided, tell) = io::pipe()?;
     fcntl_setfd(&tell, FdFlags::empty())?;
@@ -60,19 +68,12 @@ pub fn answer(domain: u16, mut program: Command, teller: &mut Teller) -> io::Res
         child.wait()?;
         return Ok(EXIT_REFUSED);
     }
-    let served = link::serve(domain, ORDERS).and_then(|served| Ok((served, Running::of(child)?)));
-    let told = match &served {
-        Ok(((_, offer), _)) => teller.tell_served(*offer, &why),
-        Err(error) => teller.tell(false, &format!("{why}, but its channel cannot be served: {error}")),
-    };
-    let carried = match served {
-        Ok(((link, _), running)) if told => {
-            let hello_by = Some(Instant::now() + HELLO_LIMIT);
-            let watch = Watch { until: Some(signals.as_fd()), hello_by };
-            run_service(link, || Ok(running), watch).ok()
-        }
-        _ => None,
-    };
+    let carried = Running::of(child).ok().filter(|_| teller.tell(true, &why)).and_then(|running| {
+        let link = meet(place, signals.as_fd()).ok()?;
+        let hello_by = Some(Instant::now() + HELLO_LIMIT);
+        let watch = Watch { until: Some(signals.as_fd()), hello_by };
+        run_service(link, || Ok(running), watch).ok()
+    });
     if carried.is_none() {
         end_group();
     }

@@ -230,7 +230,7 @@ impl CallOut {
                 self.over = true;
                 self.process.end_soon();
             }
-            Some(Verdict::Accepted(_)) => link.queue(&HostFrame::CallAccepted { stream })?,
+            Some(Verdict::Accepted) => link.queue(&HostFrame::CallAccepted { stream })?,
         }
         Ok(())
     }

@@ -70,16 +70,16 @@ impl Process {
         }
     }
 
-    /// One that carries its own streams, over a vchan that it serves to this domain.
-    pub(super) fn start_serving(errand: &Errand<'_>, domain: u16) -> io::Result<Process> {
-        Process::spawn(errand, Some(domain), Stdio::null)
+    /// One that carries its own streams, over a vchan that this domain serves at this port.
+    pub(super) fn start_meeting(errand: &Errand<'_>, place: (u16, u32)) -> io::Result<Process> {
+        Process::spawn(errand, Some(place), Stdio::null)
     }
 
-    fn spawn(errand: &Errand<'_>, domain: Option<u16>, stdio: fn() -> Stdio) -> io::Result<Process> {
+    fn spawn(errand: &Errand<'_>, place: Option<(u16, u32)>, stdio: fn() -> Stdio) -> io::Result<Process> {
         let (verdict, tell) = io::pipe()?;
         let mut command = programs::command("qrexec-policy-exec", errand.state);
-        if let Some(domain) = domain {
-            command.args(["--serve", &domain.to_string()]);
+        if let Some((domain, port)) = place {
+            command.args(["--meet", &domain.to_string(), "--port", &port.to_string()]);
         }
         command.arg("--").args([errand.name, &errand.target.to_string(), &errand.service.to_string()]);
         command.env(verdict::VARIABLE, tell.as_raw_fd().to_string());

@@ -57,7 +57,7 @@ impl Hub {
         fds: Vec<OwnedFd>,
         link: &mut AgentLink,
     ) -> Ended<()> {
-        if self.wire.takes_commands() {
+        if self.wire.takes(&line) {
             self.wire.begin(caller, line);
             return Ok(());
         }

@@ -1,12 +1,10 @@
-//! What `qrexec-policy-exec` tells the holder that started it, on a pipe whose number is in its environment: one line. `+` and why; `-` and
-//! why not; or `=GRANT PORT ` and why, from one that serves the call's own vchan.
+//! What `qrexec-policy-exec` tells the holder that started it, on a pipe whose number is in its environment: one line. `+` and why, or `-` and
+//! why not.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
-
-use vchan::link::Offer;
 
 /// Names the pipe.
 pub const VARIABLE: &str = "DISPVM_CALL_VERDICT";
@@ -21,8 +19,8 @@ const REFUSALS_PERIOD: Duration = Duration::from_secs(60);
 pub(super) enum Verdict {
     /// The call may not happen.
     Refused,
-    /// It may; the vchan that is served for it, if one is.
-    Accepted(Option<Offer>),
+    /// It may.
+    Accepted,
 }
 
 /// Hears it; one that says nothing refuses. Does not wait: the pipe is readable, or at its end.
@@ -30,7 +28,7 @@ pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals) -> Verdict {
     let (verdict, why) = read(verdict);
     match verdict {
         Verdict::Refused => refusals.log(&why),
-        Verdict::Accepted(_) => tracing::info!("{why}"),
+        Verdict::Accepted => tracing::info!("{why}"),
     }
     verdict
 }
@@ -49,15 +47,9 @@ pub(super) fn read(verdict: OwnedFd) -> (Verdict, String) {
 fn parse(line: &str) -> Option<(Verdict, &str)> {
     let line = line.trim_end();
     if let Some(why) = line.strip_prefix('+') {
-        return Some((Verdict::Accepted(None), why));
+        return Some((Verdict::Accepted, why));
     }
-    if let Some(why) = line.strip_prefix('-') {
-        return Some((Verdict::Refused, why));
-    }
-    let mut words = line.strip_prefix('=')?.splitn(3, ' ');
-    let grant = words.next()?.parse().ok()?;
-    let port = words.next()?.parse().ok()?;
-    Some((Verdict::Accepted(Some(Offer { grant, port })), words.next().unwrap_or_default()))
+    line.strip_prefix('-').map(|why| (Verdict::Refused, why))
 }
 
 /// What is logged of calls that do not happen: the guest says how many there are, and the log is dom0's disk.
@@ -107,17 +99,8 @@ impl Teller {
 
     /// Says it, once. Answers whether there is still a call: a holder that has gone hears nothing, and its guest is gone as well.
     pub fn tell(&mut self, accepted: bool, why: &str) -> bool {
-        self.say(format!("{}{why}", if accepted { '+' } else { '-' }))
-    }
-
-    /// The same of a call that is allowed, and whose vchan stands.
-    pub fn tell_served(&mut self, offer: Offer, why: &str) -> bool {
-        self.say(format!("={} {} {why}", offer.grant, offer.port))
-    }
-
-    fn say(&mut self, line: String) -> bool {
         let Some(mut pipe) = self.0.take() else { return true };
-        let mut line = line.into_bytes();
+        let mut line = format!("{}{why}", if accepted { '+' } else { '-' }).into_bytes();
         line.truncate(LINE_BYTES_MAX);
         pipe.write_all(&line).is_ok()
     }
@@ -143,11 +126,9 @@ mod tests {
             assert!(tell(&mut Teller(Some(File::from(OwnedFd::from(writer))))));
             hear(reader.into(), &mut Refusals::none())
         };
-        let offer = Offer { grant: 77, port: 5 };
-        assert_eq!(told(&|teller| teller.tell_served(offer, "a rule")), Verdict::Accepted(Some(offer)));
-        assert_eq!(told(&|teller| teller.tell(true, "= 1")), Verdict::Accepted(None));
+        assert_eq!(told(&|teller| teller.tell(true, "a rule")), Verdict::Accepted);
         assert_eq!(told(&|teller| teller.tell(false, "+")), Verdict::Refused);
-        for line in ["", "=", "=1", "=1 x why", "=-1 2 why", "1 2"] {
+        for line in ["", "=1 2", "a rule"] {
             assert_eq!(parse(line), None, "{line}");
         }
     }

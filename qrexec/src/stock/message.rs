@@ -10,13 +10,16 @@ use super::{Version, WireError};
 pub const HEADER_BYTES: usize = 8;
 /// Bytes of a command line with its NUL (`MAX_QREXEC_CMD_LEN`).
 pub const COMMAND_BYTES_MAX: usize = 65_535;
+/// Bytes of the ring by which Qubes' own agent hears its control channel. It takes a message's body at once, and ends when the ring can't hold
+/// that (agent/qrexec-agent.c, 01a6ca23).
+pub const AGENT_RING_BYTES: usize = 4096;
 /// Bytes of a service's name, argument and NUL from v3 on (`MAX_SERVICE_NAME_LEN`): with header and names it fits a vchan's ring.
 pub const SERVICE_BYTES_MAX: usize = 65_000;
 
 /// Bytes of `Hello`.
 pub(crate) const HELLO_BYTES: usize = 4;
 /// Bytes of `struct exec_params` before its command line.
-pub(crate) const EXEC_BYTES: usize = 8;
+pub const EXEC_BYTES: usize = 8;
 /// Bytes of `struct service_params`: the request's id.
 pub(crate) const IDENT_BYTES: usize = 32;
 /// Bytes of a service's name in v2.

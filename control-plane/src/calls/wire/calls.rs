@@ -22,6 +22,8 @@ use crate::state::State;
 /// A caller that is to serve a vchan does so at once.
 const SERVE_LIMIT: Duration = Duration::from_secs(10);
 
+const NO_PORT: &str = "a call was refused: the guest has let go of none of the channels that calls had";
+
 /// What of a call can be ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -40,7 +42,7 @@ pub(super) struct Calls {
 }
 
 struct Call {
-    /// Where its vchan is, once the guest has been told.
+    /// Where its vchan is: of a caller's, once the guest has been told; a guest's own serves it there once it may.
     port: Option<u32>,
     whose: Whose,
 }
@@ -64,9 +66,9 @@ impl Calls {
         (into, self.calls.len() - into)
     }
 
-    fn add(&mut self, whose: Whose) {
+    fn add(&mut self, port: Option<u32>, whose: Whose) {
         self.last += 1;
-        self.calls.insert(self.last, Call { port: None, whose });
+        self.calls.insert(self.last, Call { port, whose });
     }
 
     /// Whether there is a port for one more.
@@ -79,7 +81,7 @@ impl Calls {
         // One that has gone has no ears.
         if channel.send(&Answer::Serve { domain }, &[]).is_ok() {
             let waits = Some((line, Instant::now() + SERVE_LIMIT));
-            self.add(Whose::Caller { channel, waits });
+            self.add(None, Whose::Caller { channel, waits });
         }
     }
 
@@ -90,14 +92,19 @@ impl Calls {
         if other.is_too_often(name) || self.counts().1 + other.count() >= CALLS_OUT_MAX {
             return Err(request);
         }
+        let Some(port) = self.ports.take() else {
+            other.refusals.log(NO_PORT);
+            return Err(request);
+        };
         let errand = Errand { state, name, target: &target, service: &service };
-        match Process::start_serving(&errand, domain) {
+        match Process::start_meeting(&errand, (domain, port)) {
             Ok(process) => {
-                self.add(Whose::Guest { process, request: Some(request) });
+                self.add(Some(port), Whose::Guest { process, request: Some(request) });
                 Ok(())
             }
             Err(error) => {
                 other.refusals.log(&format!("cannot start a call of {name}: {error}"));
+                self.ports.free(port);
                 Err(request)
             }
         }
@@ -173,12 +180,8 @@ impl Calls {
                 }
                 // What was decided may be unread yet when it has ended.
                 if let Some(verdict) = process.hear_verdict(refusals) {
-                    let offer = match verdict {
-                        Verdict::Accepted(offer) => offer.filter(|_| process.exit().is_none()),
-                        Verdict::Refused => None,
-                    };
-                    call.port = offer.and_then(|offer| publish(&mut self.ports, guest, offer, refusals));
-                    let answered = match (request.take(), control, call.port) {
+                    let may = verdict == Verdict::Accepted && process.exit().is_none();
+                    let answered = match (request.take(), control, call.port.filter(|_| may)) {
                         (Some(request), Some(control), Some(port)) => control.connect(port, request).is_ok(),
                         (Some(request), Some(control), None) => {
                             // Nothing of a request that was parsed can be wrong.
@@ -188,6 +191,8 @@ impl Calls {
                         _ => false,
                     };
                     if !answered {
+                        // The guest has not heard of it.
+                        call.port.take().into_iter().for_each(|port| self.ports.free(port));
                         process.end_soon();
                     }
                 }
@@ -211,10 +216,12 @@ impl Calls {
 
     /// Those that the agent has not heard of it never will.
     pub(super) fn lose_agent(&mut self) {
+        let ports = &mut self.ports;
         self.calls.retain(|_, call| match &mut call.whose {
             Whose::Caller { waits, .. } => waits.is_none(),
             Whose::Guest { process, request } => {
                 if request.take().is_some() {
+                    call.port.take().into_iter().for_each(|port| ports.free(port));
                     process.end_soon();
                 }
                 true
@@ -224,12 +231,11 @@ impl Calls {
 
     fn forget(&mut self, number: u64, guest: &mut dyn Vchans) {
         let Some(call) = self.calls.remove(&number) else { return };
-        if let Some(port) = call.port {
-            withdraw(guest, port);
-            self.ports.give_back(port);
-        }
-        if let Whose::Guest { process, .. } = call.whose {
-            process.forget();
+        call.port.into_iter().for_each(|port| self.ports.give_back(port));
+        match (call.whose, call.port) {
+            (Whose::Guest { process, .. }, _) => process.forget(),
+            (Whose::Caller { .. }, Some(port)) => withdraw(guest, port),
+            (Whose::Caller { .. }, None) => {}
         }
     }
 
@@ -258,7 +264,7 @@ fn serving(channel: &Channel) -> Option<Offer> {
 /// Tells the guest of a vchan: the port.
 fn publish(ports: &mut Ports, guest: &mut dyn Vchans, offer: Offer, refusals: &mut Refusals) -> Option<u32> {
     let Some(port) = ports.take() else {
-        refusals.log("a call was refused: the guest has let go of none of the channels that calls had");
+        refusals.log(NO_PORT);
         return None;
     };
     if let Err(error) = guest.publish(port, offer) {

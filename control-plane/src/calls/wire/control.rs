@@ -8,6 +8,7 @@
 
 use qrexec::service::{Service, Target};
 use qrexec::stock::control::{Endpoint, RequestId, ToAgent};
+use qrexec::stock::message::{AGENT_RING_BYTES, EXEC_BYTES};
 use qrexec::stock::negotiate::parse_hello;
 use qrexec::stock::{Decoder, FromAgent, Rules, Version, WireError};
 
@@ -101,6 +102,11 @@ impl Control {
         self.version.is_some()
     }
 
+    /// Whether Qubes' own agent could take a command line of so many bytes; no `Hello` says whose agent it is.
+    pub fn takes(bytes: usize) -> bool {
+        bytes < AGENT_RING_BYTES - EXEC_BYTES
+    }
+
     /// Has a command line run, its bytes over the vchan that is served at `port`.
     pub fn exec(&mut self, port: u32, line: &[u8]) -> Result<(), WireError> {
         self.say(&ToAgent::ExecCmdline(Endpoint { domain: OURSELVES, port }, line.to_vec()))
@@ -135,7 +141,7 @@ impl Control {
 mod tests {
     use super::*;
     use qrexec::stock::control::Trigger;
-    use qrexec::stock::RawMessage;
+    use qrexec::stock::{RawMessage, HEADER_BYTES};
 
     fn hello(version: u32) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -184,6 +190,15 @@ mod tests {
             control.connect(513, asked.request.clone()).unwrap();
             assert_eq!(control.unsent()[..4], 0x202u32.to_le_bytes());
         }
+    }
+
+    #[test]
+    fn a_command_line_that_would_end_a_stock_agent_is_not_for_it() {
+        let mut bytes = Vec::new();
+        let line = vec![b'x'; 4087];
+        ToAgent::ExecCmdline(Endpoint { domain: 0, port: 513 }, line).encode(&mut bytes).unwrap();
+        assert_eq!(bytes.len() - HEADER_BYTES, 4096);
+        assert!(Control::takes(4087) && !Control::takes(4088));
     }
 
     #[test]

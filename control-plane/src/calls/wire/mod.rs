@@ -155,9 +155,9 @@ impl Wire {
     }
 
     /// Whether a caller's command can have a channel of its own now.
-    pub(super) fn takes_commands(&self) -> bool {
+    pub(super) fn takes(&self, line: &CommandLine) -> bool {
         let agreed = self.channel.as_ref().is_some_and(|joined| joined.control.is_agreed());
-        agreed && self.guest.is_some() && self.calls.has_port()
+        agreed && self.guest.is_some() && self.calls.has_port() && Control::takes(line.to_bytes().len())
     }
 
     /// Takes a caller's command.

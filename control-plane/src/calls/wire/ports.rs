@@ -42,6 +42,14 @@ impl Ports {
         self.taken.len() < DATA_PORTS.len()
     }
 
+    /// Nobody has it: the guest has not heard of it. The next call may have it.
+    pub fn free(&mut self, port: u32) {
+        self.taken.remove(&port);
+        if self.next == port + 1 {
+            self.next = port;
+        }
+    }
+
     /// We have let go of it.
     pub fn give_back(&mut self, port: u32) {
         self.lose(port, |hold| hold.ours = false);
@@ -77,5 +85,7 @@ mod tests {
         ports.give_back(600);
         ports.terminated(700);
         assert_eq!((ports.take(), ports.take(), ports.take()), (Some(600), Some(700), None));
+        ports.free(700);
+        assert_eq!((ports.take(), ports.take()), (Some(700), None));
     }
 }
