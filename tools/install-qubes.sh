@@ -11,6 +11,14 @@ install -d "$root/etc/qubes/policy.d/include" "$root/etc/qubes-rpc/policy" "$roo
     to=$root/etc/qubes/policy.d/$file
     [[ -e $to ]] || install -m 644 "policy/defaults/$file" "$to"
 done
+# Services of dom0's that the stock client runs by their paths: a volume's data does not go over the API's socket.
+for service in admin.vm.volume.Import 'admin.vm.volume.ImportWithSize --with-size'; do
+    read -r name option <<< "$service"
+    to=$root/etc/qubes-rpc/$name
+    [[ -e $to ]] && continue
+    printf '#!/bin/sh\nexec %s/bin/dispvmd import %s -- "$QREXEC_REQUESTED_TARGET" "$1"\n' "$prefix" "$option" > "$to"
+    chmod 755 "$to"
+done
 for name in qrexec-client qfile-daemon-dvm; do
     to=$root/usr/lib/qubes/$name
     [[ -e $to || -L $to ]] || ln -s "$prefix/bin/$name" "$to"

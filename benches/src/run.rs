@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use clap::{Args, Command, FromArgMatches};
+
 use crate::results;
 use crate::table::{self, Row};
 
@@ -20,6 +22,13 @@ pub struct Options {
 }
 
 impl Options {
+    /// Those on the command line of a bench that has no others, and does what `about` says.
+    pub fn parse(about: &'static str) -> Options {
+        let mut command = Options::augment_args(Command::new("bench")).about(about);
+        let matches = command.get_matches_mut();
+        Options::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+    }
+
     /// How many launches of each kind: so many for a full run and so many else, unless told otherwise.
     pub fn launches(&self, full: usize, otherwise: usize) -> usize {
         self.launches.unwrap_or(if self.full { full } else { otherwise })

@@ -18,6 +18,7 @@ use crate::calls::Exchange;
 use crate::clones::{Keeping, Lease};
 use crate::daemon;
 use crate::daemon::client::{Found, HandedOut, Lifeline};
+use crate::daemon::protocol::Spare;
 use crate::error::{Error, Kind, Result};
 use crate::inputs::Guest;
 use crate::machine::{self, Machine};
@@ -177,15 +178,28 @@ fn take_over(
     timeline: &mut Timeline,
 ) -> Result<(Launched, AgentLink)> {
     let HandedOut { spare, number, agent, lifeline } = found;
+    let mut link = AgentLink::with_command(Box::new(agent), exec);
+    link = wake(link, number, &spare, machine, timeline)?;
+    let held = Held::Kept { lifeline };
+    Ok((Launched { number, host: spare.host, generation: Some(spare.generation), held }, link))
+}
+
+/// Gives a spare the time and fresh entropy, and lets its programs run.
+pub(crate) fn wake(
+    link: AgentLink,
+    number: CloneNumber,
+    spare: &Spare,
+    machine: &dyn Machine,
+    timeline: &mut Timeline,
+) -> Result<AgentLink> {
     timeline.mark("prepared");
     let identity = Identity::again(number, spare.machine_id).map_err(Error::failed("draw entropy"))?;
     let usual = machine.agent_limits();
     let limits = Limits { identify: usual.identify.min(WAKE_LIMIT), ..usual };
-    let mut link = AgentLink::with_command(Box::new(agent), exec).limited(limits);
+    let mut link = link.limited(limits);
     launch::become_somebody(&mut link, &identity, timeline)
         .map_err(|error| launch_error(LaunchError::Agent(error)))?;
-    let held = Held::Kept { lifeline };
-    Ok((Launched { number, host: spare.host, generation: Some(spare.generation), held }, link))
+    Ok(link)
 }
 
 /// Makes a clone: restores it, or boots it cold.

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod make;
 pub mod names;
 pub mod output;
+pub mod private;
 pub mod qube;
 pub mod run;
 pub mod savefiles;

@@ -31,7 +31,8 @@ pub fn take(state: &State, alive: impl Fn(CloneNumber) -> bool) -> Result<CloneN
     let rested = |number: u32| {
         let at = (number as usize) * ENTRY as usize;
         let last = u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
-        // A stamp from the future is a clock that was set back: it rests until the clock has caught up, or 7 days.
+        // A stamp from the future is a clock that was set back. By more than seven days, nobody knows how long the name has rested, and
+        // to wait until the clock has caught up could be for years.
         last == 0 || now.abs_diff(last) >= QUARANTINE.as_secs()
     };
     let start = random_u32().map_err(Error::failed("draw a name"))? % CLONE_NUMBERS;
@@ -100,5 +101,24 @@ mod tests {
         stamp(&ledger, CloneNumber::new(4711).unwrap(), now_s() - QUARANTINE.as_secs()).unwrap();
         assert_eq!(take(&state, |_| false).unwrap().get(), 4711);
         assert!(take(&state, |_| false).is_err());
+    }
+    #[test]
+    fn a_clock_that_jumps_frees_no_name_too_early_and_none_never() {
+        let folder = tempfile::tempdir().unwrap();
+        let state = State::open(folder.path()).unwrap();
+        let ledger = File::options().write(true).create(true).truncate(true).open(state.names()).unwrap();
+        let (hour, year) = (3600, 365 * 24 * 3600);
+        let all_but = |number: u32, last: u64| {
+            for number in (0..CLONE_NUMBERS).filter_map(CloneNumber::new) {
+                stamp(&ledger, number, now_s()).unwrap();
+            }
+            stamp(&ledger, CloneNumber::new(number).unwrap(), last).unwrap();
+        };
+        all_but(1, now_s() + hour);
+        assert!(take(&state, |_| false).is_err(), "set back by an hour, it rests on");
+        for last in [now_s() + year, u64::MAX] {
+            all_but(1, last);
+            assert_eq!(take(&state, |_| false).unwrap().get(), 1, "set back by a year");
+        }
     }
 }

@@ -196,7 +196,7 @@ pub fn add_dvm_with(
                     Kind::Usage,
                     format!("{name} has a private volume of {} MiB", before.private_mib),
                 )
-                .hint("its size stays as it was made"));
+                .hint(format!("`qvm-volume resize {name}:private SIZE` makes it larger")));
             }
             dvm.private_generation = before.private_generation;
             dvm.private_id = before.private_id;
@@ -346,7 +346,7 @@ fn make_private(state: &State, name: &str, dvm: &Dvm) -> Result<String> {
 }
 
 /// What no other generation has.
-fn random_id() -> io::Result<String> {
+pub(crate) fn random_id() -> io::Result<String> {
     let mut id = [0u8; 8];
     File::open("/dev/urandom")?.read_exact(&mut id)?;
     Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())

@@ -27,14 +27,22 @@ static ZEROS: [u8; PIECE] = [0; PIECE];
 pub fn unnamed_copy(base: &Path, folder: &Path) -> Result<File> {
     let copy = || -> io::Result<File> {
         let from = File::open(base)?;
-        let to =
-            File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder)?;
+        let to = open_unnamed(folder)?;
         if rustix::fs::ioctl_ficlone(&to, &from).is_err() {
             copy_data(&from, &to)?;
         }
         Ok(to)
     };
     copy().map_err(Error::io("make a copy to write to of", base))
+}
+
+/// An empty file without a name on the file system of `folder`.
+pub fn unnamed(folder: &Path) -> Result<File> {
+    open_unnamed(folder).map_err(Error::io("make a file in", folder))
+}
+
+fn open_unnamed(folder: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder)
 }
 
 /// The path under which this process, as long as it has it open, can open a file without a name again.

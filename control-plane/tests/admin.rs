@@ -383,10 +383,15 @@ fn a_qube_is_made_in_the_pool_there_is_and_in_no_other() {
         let payload = format!("name=four label=red {pools}");
         assert_eq!(qubes.refused(create, "dom0", "debian-12", &payload), "hung up", "{pools}");
     }
-    assert_eq!(
-        qubes.refused("admin.vm.CreateInPool.TemplateVM", "dom0", "", "name=five label=red"),
-        "hung up"
-    );
+    for class in ["TemplateVM", "StandaloneVM"] {
+        for (verb, pool) in [("Create", ""), ("CreateInPool", " pool=dispvm")] {
+            let (method, payload) =
+                (format!("admin.vm.{verb}.{class}"), format!("name=five label=red{pool}"));
+            let refused = qubes.refused(&method, "dom0", "", &payload);
+            assert!(refused.starts_with("QubesNotImplementedError: "), "{method}: {refused}");
+        }
+    }
+    assert!(qubes.refused("admin.vm.Console", "work", "", "").starts_with("QubesNotImplementedError: "));
 }
 
 #[test]
@@ -394,6 +399,135 @@ fn what_is_off_is_neither_put_to_sleep_nor_woken() {
     let qubes = Qubes::new();
     assert!(qubes.refused("admin.vm.Suspend", "work", "", "").starts_with("QubesVMNotRunningError"));
     assert!(qubes.refused("admin.vm.Resume", "work", "", "").starts_with("QubesVMNotPausedError"));
+}
+
+/// An AppVM `name` on a template `real`, with files.
+fn with_files(qubes: &Qubes, name: &str) {
+    let image = qubes.folder.path().join("image");
+    fs::write(&image, [1; 4096]).unwrap();
+    let files = control_plane::templates::TemplateFiles {
+        root: &image,
+        kernel: &image,
+        initrd: &image,
+        cmdline: String::new(),
+    };
+    control_plane::templates::add_template(&qubes.state, "real", "black", &files).unwrap();
+    qubes.ok("admin.vm.Create.AppVM", "dom0", "real", &format!("name={name} label=red"));
+}
+
+#[test]
+fn a_private_volume_grows_is_cloned_and_reverted_and_others_say_why_not() {
+    let qubes = Qubes::new();
+    for name in ["one", "two"] {
+        with_files(&qubes, name);
+    }
+    let info = |name: &str, what: &str| {
+        let info = qubes.ok("admin.vm.volume.Info", name, "private", "");
+        info.lines().find_map(|line| line.strip_prefix(&format!("{what}=")).map(str::to_owned)).unwrap()
+    };
+    let data = |name: &str| {
+        let mut start = [0; 6];
+        fs::File::open(info(name, "path")).unwrap().read_exact(&mut start).unwrap();
+        start
+    };
+    let import = |text: &str, with_size: bool| {
+        let mut text = text.as_bytes();
+        control_plane::admin::import_volume(&qubes.state, "one", "private", &mut text, with_size)
+    };
+    assert!(matches!(import("hello", false), Some(admin_api::Reply::Ok(_))));
+    assert_eq!(data("one"), *b"hello\0");
+    assert!(
+        matches!(import("100000000\nhello", true), Some(admin_api::Reply::Exception(_))),
+        "it is cut short"
+    );
+    assert!(import("much\nhello", true).is_none());
+    qubes.ok("admin.vm.volume.Resize", "one", "private", "3221225472");
+    assert_eq!((info("one", "size"), data("one")), ("3221225472".to_owned(), *b"hello\0"));
+    for (volume, size, why) in [
+        ("private", "2147483648", "StoragePoolException: the private volume of one has 3072 MiB"),
+        ("root", "9999999999", "StoragePoolException: one:root cannot be changed: it is its template's"),
+        ("kernel", "9999999999", "StoragePoolException: one:kernel cannot be changed"),
+        ("private", "-1", "hung up"),
+        ("private", "1e9", "hung up"),
+        ("private", "999999999999999999999", "hung up"),
+        ("private", "9999999999999999999", "StoragePoolException: a volume of"),
+    ] {
+        let refused = qubes.refused("admin.vm.volume.Resize", "one", volume, size);
+        assert!(refused.starts_with(why), "{volume} {size}: {refused}");
+    }
+    qubes.ok("admin.vm.volume.Resize", "one", "volatile", "2147483648");
+    assert_eq!(qubes.dvm("one").volatile_mib, 2048);
+    let token = qubes.ok("admin.vm.volume.CloneFrom", "one", "private", "");
+    qubes.ok("admin.vm.volume.CloneTo", "two", "private", &token);
+    assert_eq!((info("two", "size"), data("two")), ("3221225472".to_owned(), *b"hello\0"));
+    assert_eq!(qubes.refused("admin.vm.volume.CloneTo", "two", "private", &token), "hung up");
+    let of_root = qubes.ok("admin.vm.volume.CloneFrom", "one", "root", "");
+    let refused = qubes.refused("admin.vm.volume.CloneTo", "two", "private", &of_root);
+    assert!(refused.starts_with("StoragePoolException"), "{refused}");
+    // The others have no files.
+    for name in ["debian-dvm", "whonix-ws-dvm", "work", "debian-12"] {
+        for folder in ["private", "root"] {
+            fs::create_dir(qubes.state.qube(name).join(folder)).unwrap();
+        }
+    }
+    // Of what was before, one stays, and more where that is wanted.
+    assert_eq!(qubes.ok("admin.vm.volume.ListSnapshots", "one", "private", ""), "1\n2\n");
+    control_plane::savefiles::collect(&qubes.state).unwrap();
+    assert_eq!(qubes.ok("admin.vm.volume.ListSnapshots", "one", "private", ""), "2\n");
+    assert_eq!(qubes.refused("admin.vm.volume.Revert", "one", "private", "3"), "hung up");
+    qubes.ok("admin.vm.volume.Revert", "one", "private", "2");
+    assert_eq!((info("one", "size"), data("one")), ("2147483648".to_owned(), *b"hello\0"));
+    qubes.ok("admin.vm.volume.Clear", "two", "private", "");
+    assert_eq!((info("two", "size"), data("two")), ("3221225472".to_owned(), [0; 6]));
+    assert!(qubes.refused("admin.vm.volume.Clear", "two", "root", "").starts_with("StoragePoolException"));
+    qubes.ok("admin.vm.volume.Set.revisions_to_keep", "one", "private", "0");
+    control_plane::savefiles::collect(&qubes.state).unwrap();
+    assert_eq!(qubes.ok("admin.vm.volume.ListSnapshots", "one", "private", ""), "");
+}
+
+/// There is no hypervisor here, so none of them starts: who was tried, in which order, is told.
+#[test]
+fn a_netvm_is_started_first_and_why_it_is_not_is_why_the_qube_is_not() {
+    let qubes = Qubes::new();
+    for name in ["net", "firewall"] {
+        app(&qubes.state, name, "red", false);
+        qubes.set(name, "provides_network", "True");
+    }
+    qubes.set("firewall", "netvm", "net");
+    qubes.set("work", "netvm", "firewall");
+    let mut heard = events(&qubes.socket(), "dom0").unwrap();
+    let mut next = || loop {
+        let event = heard.next().unwrap().unwrap();
+        if event.name.contains("start") {
+            return format!("{} {}", event.name, event.subject);
+        }
+    };
+    let told = std::thread::scope(|scope| {
+        let told = scope.spawn(move || (0..6).map(|_| next()).collect::<Vec<_>>());
+        std::thread::sleep(Duration::from_millis(200));
+        let refused = qubes.refused("admin.vm.Start", "work", "", "");
+        assert!(
+            refused.contains("netvm of work does not start: the netvm of firewall does not start"),
+            "{refused}"
+        );
+        told.join().unwrap()
+    });
+    let expected = ["pre-start work", "pre-start firewall", "pre-start net"].into_iter().chain([
+        "start-failed net",
+        "start-failed firewall",
+        "start-failed work",
+    ]);
+    let told: Vec<&str> = told.iter().map(|event| event.trim_start_matches("domain-")).collect();
+    assert_eq!(told, expected.collect::<Vec<_>>());
+    let refused = qubes.refused("admin.vm.property.Set", "net", "netvm", "work");
+    assert!(refused.contains("does not provide network"), "{refused}");
+    // By hand, what the API refuses.
+    let path = qubes.state.qube("net").join("settings.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("[properties]", "[properties]\nnetvm = \"firewall\"")).unwrap();
+    assert!(qubes.refused("admin.vm.Start", "work", "", "").contains("loops in network are unsupported"));
+    fs::remove_dir_all(qubes.state.qube("net")).unwrap();
+    assert!(qubes.refused("admin.vm.Start", "work", "", "").contains("netvm of firewall is not there: net"));
 }
 
 /// On the first answer Qubes' own client goes on to run dom0's service itself.

@@ -1,7 +1,10 @@
 //! Calls into a guest: many callers, some of whom stall, vanish, or send what is no call; and a guest that does not keep to the protocol.
 
 mod common;
+#[path = "common/hanging.rs"]
+mod hanging;
 
+use std::fs::File;
 use std::io::{self, pipe, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{channel, Receiver};
@@ -15,6 +18,7 @@ use control_plane::calls::requests::CALLS_MAX;
 use control_plane::daemon::channel::Channel;
 use control_plane::error::{Kind, Result};
 use control_plane::session::{Ending, SessionError};
+use hanging::{Hanging, SIZE};
 use qrexec::{Exec, Exit, Failed, GuestFrame, HostFrame, Op, INITIAL_WINDOW};
 
 /// One who calls, on a thread of its own.
@@ -242,4 +246,53 @@ fn a_guest_that_says_again_and_again_that_it_does_not_shut_down_does_not_fill_th
     guest.end().unwrap();
     let log = String::from_utf8(LOG.lock().unwrap().clone()).unwrap();
     assert_eq!(log.matches("does not shut down").count(), 1);
+}
+
+/// A call with these files as its stdin and stdout, on a thread of its own.
+fn call_with(guest: &Guest, stdin: OwnedFd, stdout: OwnedFd) -> Receiver<Result<Exit>> {
+    let (state, (tell, outcome)) = (guest.state.clone(), channel());
+    std::thread::spawn(move || {
+        let fds = [stdin.as_fd(), stdout.as_fd(), stdout.as_fd()];
+        let _ = tell.send(client::call(&state, NAME, Exec::user(["cat"]), fds));
+    });
+    outcome
+}
+
+/// Of a program's file system, of a server's: whoever reads or writes it may wait for ever.
+#[test]
+fn a_callers_file_that_hangs_delays_no_other_call() {
+    let Some(file_system) = Hanging::mount() else { return eprintln!("needs root and /dev/fuse") };
+    let mut guest = Guest::start(true);
+    let file = || File::options().read(true).write(true).open(file_system.path()).unwrap();
+    let full = file_system.written.lock().unwrap();
+    let stalled = call_with(&guest, file().into(), file().into());
+    let stream = guest.agent.take_exec();
+    // It reads and writes in vain.
+    guest.agent.say(&GuestFrame::Stdout { stream, bytes: vec![7; 1000] });
+    let other = call(&guest, &["true"]);
+    let next = guest.agent.take_exec();
+    guest.agent.say(&GuestFrame::Stdout { stream: next, bytes: b"fine".to_vec() });
+    guest.agent.say(&GuestFrame::Exited { stream: next, exit: Exit::Code(0) });
+    assert_eq!(other.end().1, b"fine");
+    // Its command has ended, but not what it wrote.
+    guest.agent.say(&GuestFrame::Exited { stream, exit: Exit::Code(3) });
+    assert!(stalled.recv_timeout(Duration::from_millis(200)).is_err());
+    drop(full);
+    assert_eq!(stalled.recv_timeout(LIMIT).unwrap().unwrap(), Exit::Code(3));
+    assert_eq!(*file_system.written.lock().unwrap(), [7; 1000]);
+    // One that takes no more keeps nobody waiting either.
+    let null = File::open("/dev/null").unwrap();
+    let broken = call_with(&guest, null.into(), file().into());
+    let stream = loop {
+        if let HostFrame::Exec { stream, .. } = guest.agent.hear_any() {
+            break stream;
+        }
+    };
+    guest.agent.say(&GuestFrame::Stdout { stream, bytes: vec![7; 65_000] });
+    guest.agent.say(&GuestFrame::Stdout { stream, bytes: vec![7; 65_000] });
+    guest.agent.say(&GuestFrame::Exited { stream, exit: Exit::Code(4) });
+    assert_eq!(broken.recv_timeout(LIMIT).unwrap().unwrap(), Exit::Code(4));
+    assert!(file_system.written.lock().unwrap().len() > SIZE);
+    drop(file_system);
+    guest.end().unwrap();
 }

@@ -3,11 +3,17 @@
 mod common;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::{symlink, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use common::{program, qubes};
+use common::{program, qubes, LIMIT};
 use control_plane::calls::carry_out::CLONES_MAX;
 use control_plane::clones::{Keeping, Lease};
 use control_plane::daemon::channel::Listener;
@@ -15,6 +21,10 @@ use control_plane::state::State;
 
 const POLICY: &str = "
 test.Env      *    work        dom0    allow
+test.Env      *    work        vault   allow target=dom0
+test.Env      *    work        @default allow target=dom0
+test.Socket   *    work        dom0    allow
+test.None     *    work        dom0    allow
 test.Args     *    @anyvm      dom0    allow
 test.Gone     *    @anyvm      dom0    allow
 test.User     *    work        dom0    allow user=nobody-there
@@ -39,7 +49,7 @@ impl Setup {
         let folder = tempfile::tempdir().unwrap();
         let state = State::open(&folder.path().join("state")).unwrap();
         qubes(&state);
-        for name in ["bin", "policy", "rpc"] {
+        for name in ["bin", "policy", "rpc", "config"] {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
         let made = Setup { folder, state };
@@ -74,6 +84,7 @@ impl Setup {
         command.arg("--root").arg(self.state.root()).args(["--", source, target, service]);
         command.env("DISPVM_POLICY_DIR", self.path("policy"));
         command.env("DISPVM_RPC_DIR", self.path("rpc"));
+        command.env("DISPVM_RPC_CONFIG_DIR", self.path("config"));
         command.env("DISPVM_ASK_PROMPT", self.path("no-prompt"));
         command.env("QREXEC_STRAY", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -92,7 +103,7 @@ fn said(output: Output) -> (i32, String) {
 }
 
 fn launched(dvm: &str, source: &str) -> String {
-    format!("--quiet --dvm {dvm} --source {source} --user DEFAULT --service qubes.VMShell\n")
+    format!("--quiet --dvm {dvm} --source {source} --user DEFAULT --service qubes.VMShell+\n")
 }
 
 #[test]
@@ -100,16 +111,20 @@ fn a_service_of_dom0s_is_told_who_calls_and_whom_it_asked_for() {
     let qubes = Setup::new();
     let (status, out) = qubes.call(["work", "dom0", "test.Env+a+b"]);
     let expected =
-        "QREXEC_REMOTE_DOMAIN=work\nQREXEC_REQUESTED_TARGET=dom0\nQREXEC_REQUESTED_TARGET_TYPE=name\n\
+        "QREXEC_REMOTE_DOMAIN=work\nQREXEC_REQUESTED_TARGET_KEYWORD=adminvm\nQREXEC_REQUESTED_TARGET_TYPE=keyword\n\
                     QREXEC_SERVICE_ARGUMENT=a+b\nQREXEC_SERVICE_FULL_NAME=test.Env+a+b\nargs: a+b\n";
     assert_eq!((status, out.as_str()), (7, expected));
-    let (_, out) = qubes.call(["work", "@adminvm", "test.Env"]);
-    assert!(out.contains("TARGET_KEYWORD=adminvm\n") && out.contains("TARGET_TYPE=keyword\n"), "{out}");
-    assert!(out.ends_with("args: \n"), "{out}");
+    assert_eq!(qubes.call(["work", "@adminvm", "test.Env+a+b"]).1, expected);
+    let (_, out) = qubes.call(["work", "vault", "test.Env"]);
+    assert!(out.contains("REQUESTED_TARGET=vault\n") && out.contains("TARGET_TYPE=name\n"), "{out}");
+    assert!(out.contains("FULL_NAME=test.Env+\n") && out.ends_with("args: \n"), "{out}");
+    let (_, out) = qubes.call(["work", "not-there", "test.Env"]);
+    assert!(out.contains("TARGET_KEYWORD=default\n"), "{out}");
     assert_eq!(qubes.call(["work", "@adminvm", "test.Args+special"]), (0, "special special\n".into()));
     assert_eq!(qubes.call(["work", "dom0", "test.Args+other"]), (0, "plain other\n".into()));
     assert_eq!(qubes.call(["work", "@default", "qubes.GetDate"]), (0, "today\n".into()));
-    assert_eq!(qubes.call(["work", "dom0", "test.Gone"]), (127, String::new()));
+    assert_eq!(qubes.call(["work", "dom0", "test.None"]), (127, String::new()));
+    assert_eq!(qubes.call(["work", "dom0", "test.Gone"]), (125, String::new()));
 }
 
 #[test]
@@ -163,7 +178,7 @@ fn a_call_into_a_qube_that_runs_goes_to_its_call_socket_as_the_user_of_the_rule(
     let _holder = Listener::bind(&qubes.state.call_socket("vault")).unwrap();
     let root = qubes.state.root().display();
     let expected =
-        format!("qrexec-client --root {root} --quiet -d vault -- root:QUBESRPC qubes.VMShell work\n");
+        format!("qrexec-client --root {root} --quiet -d vault -- root:QUBESRPC qubes.VMShell+ work\n");
     assert_eq!(qubes.call(["work", "vault", "qubes.VMShell"]), (0, expected));
 }
 
@@ -242,6 +257,7 @@ fn the_user_of_a_rule_is_who_runs_dom0s_service() {
     for folder in ["", "rpc"] {
         fs::set_permissions(qubes.path(folder), fs::Permissions::from_mode(0o755)).unwrap();
     }
+    let forced = |forced: &str| fs::write(qubes.path("config/test.Who"), forced).unwrap();
     let who = |user: &str| {
         fs::write(qubes.path("policy/10-user.policy"), format!("test.Who * work dom0 allow user={user}\n"))
             .unwrap();
@@ -254,6 +270,96 @@ fn the_user_of_a_rule_is_who_runs_dom0s_service() {
         "root" => assert_eq!((status, name.as_str()), (0, "nobody\n")),
         _ => assert_eq!((status, name.as_str()), (126, "")),
     }
+    // The service's own configuration counts more.
+    forced(&format!("force-user = '{}'\n", own.trim()));
+    assert_eq!(who("nobody"), (0, own));
+}
+
+/// What a socket hears, before it answers.
+fn serve_once(listener: UnixListener) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let (mut caller, _) = listener.accept().unwrap();
+        let mut heard = String::new();
+        caller.read_to_string(&mut heard).unwrap();
+        // Whom the end of its own bytes was enough is gone by then.
+        let _ = caller.write_all(b"served\n");
+        heard
+    })
+}
+
+#[test]
+fn a_socket_is_told_who_calls_and_has_the_calls_bytes() {
+    let qubes = Setup::new();
+    let call = |config: &str, service: &str| {
+        let socket = qubes.path("rpc/test.Socket");
+        let _ = fs::remove_file(&socket);
+        let serving = serve_once(UnixListener::bind(&socket).unwrap());
+        fs::write(qubes.path("config/test.Socket"), config).unwrap();
+        let mut call = qubes.command(["work", "dom0", service]).stdin(Stdio::piped()).spawn().unwrap();
+        call.stdin.take().unwrap().write_all(b"data").unwrap();
+        let ended = said(call.wait_with_output().unwrap());
+        (ended, serving.join().unwrap())
+    };
+    let served = || (0, "served\n".to_owned());
+    let heard = call("unknown.key = 1\n", "test.Socket+a+b");
+    assert_eq!(heard, (served(), "test.Socket+a+b work keyword adminvm\0data".into()));
+    assert_eq!(call("", "test.Socket").1, "test.Socket+ work keyword adminvm\0data");
+    assert_eq!(call("skip-service-descriptor=true\n", "test.Socket"), (served(), "data".into()));
+    assert_eq!(call("skip-service-descriptor=true\nexit-on-client-eof=true\n", "test.Socket").0 .0, 0);
+}
+
+#[test]
+fn what_is_wrong_with_a_service_or_its_configuration_fails_the_call_and_says_so_in_the_log_alone() {
+    let qubes = Setup::new();
+    let listener = UnixListener::bind(qubes.path("rpc/test.Socket")).unwrap();
+    for config in [
+        "force-user=root\n",
+        "skip-service-descriptor=1\n",
+        "skip-service-descriptor=true\nforce-user='root'\n",
+    ] {
+        fs::write(qubes.path("config/test.Socket"), config).unwrap();
+        assert_eq!(qubes.call(["work", "dom0", "test.Socket"]), (125, String::new()), "{config}");
+    }
+    fs::remove_file(qubes.path("config/test.Socket")).unwrap();
+    drop(listener);
+    assert_eq!(qubes.call(["work", "dom0", "test.Socket"]), (125, String::new()), "nobody listens");
+    symlink("/dev/tcp/127.0.0.1/80", qubes.path("rpc/test.Socket+x")).unwrap();
+    assert_eq!(
+        qubes.call(["work", "dom0", "test.Socket+x"]),
+        (125, String::new()),
+        "there is no argument to it"
+    );
+}
+
+#[test]
+fn a_place_behind_tcp_serves() {
+    let qubes = Setup::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    symlink("/dev/tcp/127.0.0.1", qubes.path("rpc/test.Socket")).unwrap();
+    let serving = std::thread::spawn(move || {
+        let (mut caller, _) = listener.accept().unwrap();
+        let mut heard = String::new();
+        caller.read_to_string(&mut heard).unwrap();
+        caller.write_all(heard.replace('\0', "!").as_bytes()).unwrap();
+    });
+    let answer = format!("test.Socket+{port} work keyword adminvm!");
+    assert_eq!(qubes.call(["work", "dom0", &format!("test.Socket+{port}")]), (0, answer));
+    serving.join().unwrap();
+}
+
+#[test]
+fn a_service_that_needs_a_session_waits_for_one_and_is_served_whatever_comes_of_it() {
+    let qubes = Setup::new();
+    fs::write(qubes.path("config/test.Args"), "wait-for-session=1\n").unwrap();
+    assert_eq!(qubes.call(["work", "dom0", "test.Args"]), (0, "plain\n".into()), "nothing waits for one");
+    let log = qubes.path("waited");
+    qubes.script(
+        "rpc/qubes.WaitForSession",
+        &format!("echo for $QREXEC_REMOTE_DOMAIN | tee {}; exit 1", log.display()),
+    );
+    assert_eq!(qubes.call(["work", "dom0", "test.Args"]), (0, "plain\n".into()));
+    assert_eq!(fs::read_to_string(log).unwrap(), "for work\n");
 }
 
 #[test]
@@ -262,4 +368,55 @@ fn a_service_that_is_a_link_is_followed() {
     fs::remove_file(qubes.path("rpc/test.Args")).unwrap();
     symlink(Path::new("/bin/echo"), qubes.path("rpc/test.Args")).unwrap();
     assert_eq!(qubes.call(["work", "dom0", "test.Args+x"]), (0, "x\n".into()));
+}
+
+/// How many processes have this in their command line.
+fn count(marker: &str) -> usize {
+    let output = Command::new("pgrep").args(["-f", marker]).output().unwrap();
+    output.stdout.iter().filter(|byte| **byte == b'\n').count()
+}
+
+/// A holder that is killed can end nothing: the first process of the call does, and has its group killed where it does not heed that.
+#[test]
+fn all_processes_of_a_service_end_with_a_holder_that_is_killed() {
+    let qubes = Setup::new();
+    // Its first process is told and ends, another is told in vain; and one has its own children.
+    let marker = format!("4242.{}", std::process::id());
+    qubes.script(
+        "rpc/test.Args",
+        &format!("(trap '' TERM; exec sleep {marker}1) & (sleep {marker}2; true) & echo runs; exec sleep {marker}3"),
+    );
+    let call = qubes.command(["work", "dom0", "test.Args"]);
+    let mut holder = Command::new("sh");
+    holder.args(["-c", "setsid \"$@\" & wait", "sh"]).arg(call.get_program()).args(call.get_args());
+    holder.envs(call.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut holder =
+        holder.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut out = BufReader::new(holder.stdout.take().unwrap());
+    let mut line = String::new();
+    out.read_line(&mut line).unwrap();
+    assert_eq!(line, "runs\n");
+    let all = format!("sleep {marker}");
+    let start = Instant::now();
+    while count(&all) < 3 {
+        assert!(start.elapsed() < LIMIT, "{} of 3 started", count(&all));
+    }
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    while count(&all) > 0 {
+        assert!(start.elapsed() < LIMIT, "{} are still there", count(&all));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_service_that_a_signal_ended_is_told_apart_and_its_caller_sees_its_end_of_output_at_once() {
+    let qubes = Setup::new();
+    qubes.script("rpc/test.Args", "echo said; exec >&-; read go; kill -TERM $$");
+    let mut call = qubes.command(["work", "dom0", "test.Args"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut said = String::new();
+    call.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!((said.as_str(), call.try_wait().unwrap()), ("said\n", None));
+    call.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    assert_eq!(call.wait().unwrap().signal(), Some(15));
 }

@@ -1,5 +1,6 @@
 //! `dispvm-agent` serves the host, as root; `dispvm-agent session` stands for the login session, as its user; `dispvm-agent vmexec
-//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`; `dispvm-agent receive-files` is `qubes.Filecopy`.
+//! ARGUMENT` becomes the command that is encoded in the argument, for `qubes.VMExec`; `dispvm-agent receive-files` is `qubes.Filecopy`;
+//! `dispvm-agent connect-service …` carries the bytes of a service behind a socket.
 //! Started as one of `tools`, it is that.
 
 use std::ffi::{OsStr, OsString};
@@ -16,7 +17,7 @@ use guest_agent::failure::{Failure, Step};
 use guest_agent::place::Place;
 use guest_agent::port::{Port, Site};
 use guest_agent::session::{self, Session};
-use guest_agent::{sys, tools};
+use guest_agent::{services, sys, tools};
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os();
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         [word] if word == "session" => session::run().map(|never| match never {}),
         [word, argument] if word == "vmexec" => return become_command(argument),
         [word] if word == "receive-files" => return tools::receive_files(),
+        [word, words @ ..] if word == services::CONNECT => return services::connect(words),
         _ => {
             eprintln!("usage: dispvm-agent [session | vmexec ARGUMENT | receive-files]");
             return ExitCode::from(2);

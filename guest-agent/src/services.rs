@@ -1,17 +1,22 @@
-//! Which program a service is, and who runs it, as the guest itself is configured: the host names the service alone.
+//! Which program or socket a service is, and who runs it, as the guest itself is configured: the host names the service alone.
 //!
-//! Where and what is looked for is as in QubesOS/qubes-core-qrexec (libqrexec/exec.c, R4.1 and later): the file for the service with its
-//! argument counts before the one for all arguments, and /usr/local before /etc. Of a configuration only `force-user` has an effect:
-//! there is always a session by the time a host is heard, and services behind sockets are not served.
+//! What is looked for where, and what a configuration says, is the matter of `rpc_service`. Of a configuration `wait-for-session` has no effect:
+//! there is always a session by the time a host is heard. A socket's bytes are carried by a process of the agent's own, as root: who may use
+//! the service, the host's policy says.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
+use qrexec::service::{Service, EXIT_PROBLEM};
 use qrexec::{Exec, User};
+use rpc_service::config::Config;
+use rpc_service::find::{self, Served};
+use rpc_service::relay::{take_standard_streams, Connection, Ends};
+use rpc_service::NotServed;
 
 use crate::failure::{Failure, Step};
 
@@ -21,99 +26,156 @@ const PROGRAMS: [&str; 2] = ["usr/local/etc/qubes-rpc", "etc/qubes-rpc"];
 const CONFIGS: [&str; 2] = ["usr/local/etc/qubes/rpc-config", "etc/qubes/rpc-config"];
 /// By this the host names a service: as the program it mostly is.
 const NAMED_AS: &[u8] = b"/etc/qubes-rpc/";
-/// And by this the service with its argument.
+/// By this the service with its argument.
 const FULL_NAME: &[u8] = b"QREXEC_SERVICE_FULL_NAME";
-/// What is read of a configuration, as Qubes does.
-const CONFIG_BYTES_MAX: u64 = 4096;
+/// And by this who calls.
+const CALLER: &[u8] = b"QREXEC_REMOTE_DOMAIN";
+/// What is read of a program that may be called.
+const FIRST_PAGE_BYTES: u64 = 4096;
+/// The agent's own program, and the word that has it carry bytes.
+const AGENT: &[u8] = b"/proc/self/exe";
+/// See [`connect`].
+pub const CONNECT: &str = "connect-service";
+/// Ends that end a call, as [`connect`] is told.
+const ON_CLIENT_EOF: &str = "client-eof";
+const ON_SERVICE_EOF: &str = "service-eof";
 
 /// The guest's services.
 pub struct Services {
-    root: PathBuf,
+    programs: Vec<PathBuf>,
+    configs: Vec<PathBuf>,
     user: String,
 }
 
 impl Services {
     /// Those below `root`, for a session's user of this name.
     pub fn below(root: impl Into<PathBuf>, user: &str) -> Self {
-        Self { root: root.into(), user: user.to_owned() }
+        let root = root.into();
+        let folders = |names: [&str; 2]| names.map(|name| root.join(name)).to_vec();
+        Self { programs: folders(PROGRAMS), configs: folders(CONFIGS), user: user.to_owned() }
     }
 
-    /// Puts a service's own program and user in; other commands are as they are.
+    /// Puts a service's own program and user in; other commands are as they are, and what there is not stays to be not found.
     pub fn resolve(&self, mut exec: Exec) -> Result<Exec, Failure> {
-        let Some(names) = names(&exec) else { return Ok(exec) };
-        let [full, name] = names.each_ref().map(|name| OsStr::from_bytes(name));
-        if let Some(config) = self.find(&CONFIGS, [full, name]) {
-            let forced = self.forced_user(&config).step(|| format!("read {}", config.display()))?;
-            exec.user = forced.unwrap_or(exec.user);
+        let Some(service) = service_of(&exec) else { return Ok(exec) };
+        let failed =
+            |error: NotServed| Failure::ours(format!("serve {service}"), libc::EIO, error.to_string());
+        let config = find::config(&self.configs, &service).map_err(failed)?;
+        let config = config.map(|(_, config)| config).unwrap_or_default();
+        if let Some(user) = &config.force_user {
+            exec.user = self.user(user).step(|| format!("serve {service}"))?;
         }
-        if let (Some(program), Some(first)) = (self.find(&PROGRAMS, [full, name]), exec.argv.first_mut()) {
-            *first = program.into_os_string().into_vec();
+        match find::service(&self.programs, &service) {
+            Ok(Served::Program(program)) => {
+                if let Some(first) = exec.argv.first_mut() {
+                    *first = program.into_os_string().into_vec();
+                }
+            }
+            Ok(_) if config.force_user.is_some() && config.is_for_a_socket() => {
+                let what = "force-user= does not go with what is for sockets alone";
+                return Err(failed(NotServed::Senseless(what)));
+            }
+            Ok(served) => return Ok(connecting(&served, &exec, &config)),
+            Err(NotServed::Missing) => {}
+            Err(error) => return Err(failed(error)),
         }
         Ok(exec)
     }
 
     /// Looks every service up as a call would, so that what is there and what is not is in the kernel's caches.
     pub fn look_around(&self) {
-        let entries =
-            PROGRAMS.iter().filter_map(|folder| fs::read_dir(self.root.join(folder)).ok()).flatten();
+        let entries = self.programs.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten();
         for entry in entries.flatten() {
             let named = [NAMED_AS, entry.file_name().as_bytes()].concat();
             let program =
                 self.resolve(Exec::user([named])).ok().and_then(|exec| exec.argv.into_iter().next());
             // Its first page too: most are scripts, and that is all of them.
-            let _ = program.map(|path| File::open(OsStr::from_bytes(&path)).and_then(read_limited));
+            let read = |file: File| file.take(FIRST_PAGE_BYTES).read_to_end(&mut Vec::new());
+            let _ = program.map(|path| File::open(OsStr::from_bytes(&path)).and_then(read));
         }
     }
 
-    fn find(&self, folders: &[&str], names: [&OsStr; 2]) -> Option<PathBuf> {
-        let paths = names
-            .into_iter()
-            .flat_map(|name| folders.iter().map(move |folder| self.root.join(folder).join(name)));
-        paths.into_iter().find(|path| fs::metadata(path).is_ok())
-    }
-
-    fn forced_user(&self, config: &Path) -> io::Result<Option<User>> {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(config)?;
-        let text = read_limited(file)?;
-        let value = text.lines().find_map(|line| {
-            let (key, value) = line.split_once('=')?;
-            (key.trim() == "force-user").then(|| value.trim().trim_matches(['"', '\'']))
-        });
-        match value {
-            None => Ok(None),
-            Some("root") => Ok(Some(User::Root)),
-            Some(user) if user == self.user => Ok(Some(User::User)),
-            Some(_) => Err(io::Error::other(format!("services run as root or as {}", self.user))),
+    fn user(&self, name: &str) -> io::Result<User> {
+        match name {
+            "root" => Ok(User::Root),
+            user if user == self.user => Ok(User::User),
+            _ => Err(io::Error::other(format!("services run as root or as {}", self.user))),
         }
     }
 }
 
-/// The service's name with its argument and without; `None`: it is no service.
-fn names(exec: &Exec) -> Option<[Vec<u8>; 2]> {
+/// The service that is called; `None`: it is none, or nothing that a file could be named.
+fn service_of(exec: &Exec) -> Option<Service> {
     let name = exec.argv.first()?.strip_prefix(NAMED_AS)?;
-    let told = exec.env.iter().find(|(key, _)| key == FULL_NAME).map(|(_, value)| value.as_slice());
-    let fits = |full: &&[u8]| full.strip_prefix(name).is_some_and(|rest| rest.starts_with(b"+"));
-    let full = told.filter(fits).unwrap_or(name);
-    let is_file_name = |name: &[u8]| !name.is_empty() && !name.starts_with(b".") && !name.contains(&b'/');
-    (is_file_name(name) && is_file_name(full)).then(|| [full.to_vec(), name.to_vec()])
+    let full = variable(exec, FULL_NAME)
+        .filter(|full| full.strip_prefix(name).is_some_and(|rest| rest.starts_with(b"+")));
+    Service::parse(full.unwrap_or(name)).ok().filter(|service| service.name().as_bytes() == name)
 }
 
-fn read_limited(file: File) -> io::Result<String> {
-    let mut text = Vec::new();
-    file.take(CONFIG_BYTES_MAX).read_to_end(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
+fn variable<'a>(exec: &'a Exec, name: &[u8]) -> Option<&'a [u8]> {
+    exec.env.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_slice())
+}
+
+/// The command that carries a socket's bytes.
+fn connecting(served: &Served, exec: &Exec, config: &Config) -> Exec {
+    let place = match served {
+        Served::Socket(path) | Served::Program(path) => path.as_os_str().as_bytes().to_vec(),
+        Served::Tcp(place) => place.to_string().into_bytes(),
+    };
+    let descriptor = match config.skip_service_descriptor {
+        true => Vec::new(),
+        false => [FULL_NAME, CALLER].map(|name| variable(exec, name).unwrap_or_default()).join(&b' '),
+    };
+    let ends = [(config.exit_on_client_eof, ON_CLIENT_EOF), (config.exit_on_service_eof, ON_SERVICE_EOF)];
+    let ends = ends.into_iter().filter(|(wanted, _)| *wanted).map(|(_, word)| word.as_bytes().to_vec());
+    let words = [AGENT.to_vec(), CONNECT.into(), place, descriptor];
+    Exec { user: User::Root, cwd: Some(b"/".to_vec()), ..Exec::user(words.into_iter().chain(ends)) }
+}
+
+/// Carries the bytes of a service behind a socket, with this process's standard streams: `PLACE DESCRIPTOR [client-eof] [service-eof]`, PLACE
+/// being a path, or an address and port, and DESCRIPTOR empty where the service is told nothing. What goes wrong is for the guest's log, the caller hears of it by its
+/// status.
+pub fn connect(words: &[std::ffi::OsString]) -> ExitCode {
+    match try_connect(words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let place = words.first().map(|place| place.to_string_lossy()).unwrap_or_default();
+            let _ = fs::write("/dev/kmsg", format!("<3>dispvm-agent: reach {place}: {error}"));
+            ExitCode::from(EXIT_PROBLEM)
+        }
+    }
+}
+
+fn try_connect(words: &[std::ffi::OsString]) -> io::Result<()> {
+    let [place, descriptor, ends @ ..] = words else { return Err(io::ErrorKind::InvalidInput.into()) };
+    let served = match place.to_str().and_then(|place| place.parse().ok()) {
+        Some(address) => Served::Tcp(rpc_service::tcp::Place { address }),
+        None => Served::Socket(place.into()),
+    };
+    let ends = Ends {
+        on_client_eof: ends.iter().any(|word| word == ON_CLIENT_EOF),
+        on_service_eof: ends.iter().any(|word| word == ON_SERVICE_EOF),
+    };
+    let descriptor = descriptor.to_str().filter(|descriptor| !descriptor.is_empty());
+    let connection = Connection::open(&served, descriptor, ends)?;
+    let (client_in, client_out) = take_standard_streams()?;
+    connection.carry(client_in, client_out)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    use std::path::Path;
 
     fn guest(files: &[(&str, &str)]) -> (tempfile::TempDir, Services) {
         let root = tempfile::tempdir().expect("tempdir");
         for (path, text) in files {
             let path = root.path().join(path);
             fs::create_dir_all(path.parent().expect("has one")).expect("mkdir");
-            fs::write(path, text).expect("write");
+            fs::write(&path, text).expect("write");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
         }
         let services = Services::below(root.path(), "user");
         (root, services)
@@ -151,11 +213,12 @@ mod tests {
     #[test]
     fn a_configuration_says_who_runs_a_service() {
         let (_root, services) = guest(&[
-            ("etc/qubes/rpc-config/a", "# comment\nwait-for-session=1\nforce-user=root\n"),
+            ("etc/qubes/rpc-config/a", "# comment\nwait-for-session=1\nforce-user='root'\n"),
             ("etc/qubes/rpc-config/a+x", "force-user = 'user'"),
-            ("etc/qubes/rpc-config/b", "force-user=nobody\n"),
+            ("etc/qubes/rpc-config/b", "force-user='nobody'\n"),
+            ("etc/qubes/rpc-config/d", "force-user=root\n"),
             ("usr/local/etc/qubes/rpc-config/c", "wait-for-session=1\n"),
-            ("etc/qubes/rpc-config/c", "force-user=root\n"),
+            ("etc/qubes/rpc-config/c", "force-user='root'\n"),
         ]);
         let user = |name: &str, full: &str| services.resolve(call(name, full)).map(|exec| exec.user);
         assert_eq!(user("a", "a").expect("resolves"), User::Root);
@@ -163,8 +226,51 @@ mod tests {
         assert_eq!(user("a", "a+x").expect("resolves"), User::User);
         assert_eq!(user("c", "c").expect("resolves"), User::User, "the local one hides the other");
         let refused = user("b", "b").expect_err("there is no such choice").to_string();
-        assert!(refused.contains("rpc-config/b") && refused.contains("as root or as user"), "{refused}");
+        assert!(refused.contains("serve b") && refused.contains("as root or as user"), "{refused}");
+        let refused = user("d", "d").expect_err("a text stands in quotes").to_string();
+        assert!(refused.contains("rpc-config/d:1: "), "{refused}");
         let rootly = Exec { user: User::Root, ..call("c", "c") };
         assert_eq!(services.resolve(rootly).expect("resolves").user, User::Root);
+    }
+
+    #[test]
+    fn a_socket_is_a_command_of_the_agents_own() {
+        let (root, services) = guest(&[
+            (
+                "etc/qubes/rpc-config/b",
+                "skip-service-descriptor=true\nexit-on-client-eof=true\nexit-on-service-eof=true\n",
+            ),
+            ("etc/qubes/rpc-config/c", "skip-service-descriptor=true\nforce-user='root'\n"),
+            ("etc/qubes-rpc/plain", ""),
+        ]);
+        let folder = root.path().join("etc/qubes-rpc");
+        let _listener = std::os::unix::net::UnixListener::bind(folder.join("a")).expect("bind");
+        for (name, link) in [("b", "/dev/tcp"), ("c", "a")] {
+            std::os::unix::fs::symlink(link, folder.join(name)).expect("link");
+        }
+        let resolved = |name: &str, full: &str| {
+            let mut exec = call(name, full);
+            exec.env.push((CALLER.to_vec(), b"work".to_vec()));
+            services.resolve(exec).map(|exec| {
+                assert_eq!(exec.user, User::Root);
+                exec.argv.into_iter().map(|word| String::from_utf8(word).expect("text")).collect::<Vec<_>>()
+            })
+        };
+        let a = folder.join("a").to_str().expect("text").to_owned();
+        let agent = ["/proc/self/exe", "connect-service"].map(str::to_owned);
+        let expected = |rest: &[&str]| -> Vec<String> {
+            agent.iter().cloned().chain(rest.iter().map(|word| (*word).to_owned())).collect()
+        };
+        assert_eq!(resolved("a", "a+x").expect("resolves"), expected(&[&a, "a+x work"]));
+        let tcp = resolved("b", "b+127.0.0.1+22").expect("resolves");
+        assert_eq!(tcp, expected(&["127.0.0.1:22", "", "client-eof", "service-eof"]));
+        for (name, why) in [("c", "force-user="), ("b", "HOST+PORT")] {
+            let refused = resolved(name, name).expect_err(name).to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+        fs::set_permissions(folder.join("plain"), fs::Permissions::from_mode(0o644)).expect("chmod");
+        let refused = resolved("plain", "plain").expect_err("cannot be run").to_string();
+        assert!(refused.contains("neither a program"), "{refused}");
+        services.look_around();
     }
 }

@@ -1,9 +1,8 @@
 //! The agent's only unsafe code: the system calls that no crate wraps safely, each as a safe function.
 //!
-//! Starting commands is a matter of its own: [`spawn`]; so is Xen: [`xen`].
+//! Starting commands is a matter of its own: [`spawn`]. What Xen is asked is crate `vchan`'s.
 
 mod spawn;
-pub mod xen;
 
 pub use spawn::{c_string, launch, CStrings, Launch, LaunchError, Zygote};
 

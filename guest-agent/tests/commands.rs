@@ -174,7 +174,7 @@ fn services_are_the_guests_own() {
     write("etc/qubes-rpc/svc", "#!/bin/sh\necho any $1\n");
     write("usr/local/etc/qubes-rpc/svc+x", "#!/bin/sh\necho just $1\n");
     write("etc/qubes-rpc/other", "#!/bin/sh\n");
-    write("etc/qubes/rpc-config/other", "force-user=nobody\n");
+    write("etc/qubes/rpc-config/other", "force-user='nobody'\n");
     let services = Services::below(root.path(), "user");
     let mut host = Host::connect_to(Place::here().with_services(services), Calls::default());
     let mut call = |stream, name: &str, argument: &str| {

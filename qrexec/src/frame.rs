@@ -20,6 +20,7 @@ pub mod kind {
     pub const THAW: u16 = 0x06;
     pub const SHUTDOWN: u16 = 0x07;
     pub const PING: u16 = 0x08;
+    pub const SERVE_CALLS: u16 = 0x09;
     pub const EXEC: u16 = 0x10;
     pub const STDIN: u16 = 0x11;
     pub const STDIN_EOF: u16 = 0x12;

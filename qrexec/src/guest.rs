@@ -49,6 +49,7 @@ pub enum Op {
     Thaw,
     Shutdown,
     Exec,
+    ServeCalls,
 }
 
 /// A frame from guest to host.
@@ -199,12 +200,13 @@ impl Op {
             Self::Thaw => kind::THAW,
             Self::Shutdown => kind::SHUTDOWN,
             Self::Exec => kind::EXEC,
+            Self::ServeCalls => kind::SERVE_CALLS,
         }
     }
 
     fn parse(number: u16) -> Result<Self, ProtocolError> {
         use Op::*;
-        let ops = [Prerun, Settle, Warm, Freeze, Identify, Thaw, Shutdown, Exec];
+        let ops = [Prerun, Settle, Warm, Freeze, Identify, Thaw, Shutdown, Exec, ServeCalls];
         let found = ops.into_iter().find(|op| op.number() == number);
         found.ok_or(ProtocolError::malformed("Done", "no such operation"))
     }

@@ -26,6 +26,9 @@ pub enum HostFrame {
     Shutdown,
     /// Answered by `Pong` with the same number.
     Ping(u64),
+    /// Offer dom0 the control channel of Qubes' own protocol (`stock`), by which calls go from then on: to a guest that runs, on Xen. Answered
+    /// once the offer stands, this agent's or that of Qubes' own one in the guest.
+    ServeCalls,
     /// Run a command on a stream of its own. Answered by its output and `Exited`, or by `Failed` on that stream.
     Exec {
         /// A number not used before on this connection, not 0, below [`CALL_STREAM`](crate::CALL_STREAM).
@@ -136,6 +139,7 @@ impl HostFrame {
             Self::Thaw => put(out, kind::THAW, 0, &[]),
             Self::Shutdown => put(out, kind::SHUTDOWN, 0, &[]),
             Self::Ping(number) => put(out, kind::PING, 0, &number.to_le_bytes()),
+            Self::ServeCalls => put(out, kind::SERVE_CALLS, 0, &[]),
             Self::Exec { stream, exec } => put(out, kind::EXEC, *stream, &exec.encode()?),
             Self::Stdin { stream, bytes } => Self::encode_stdin(out, *stream, bytes),
             Self::StdinEof { stream } => put(out, kind::STDIN_EOF, *stream, &[]),
@@ -206,6 +210,7 @@ impl HostFrame {
             kind::THAW => nothing(Self::Thaw)?,
             kind::SHUTDOWN => nothing(Self::Shutdown)?,
             kind::PING => Self::Ping(u64::from_le_bytes(exactly(frame, &payload)?)),
+            kind::SERVE_CALLS => nothing(Self::ServeCalls)?,
             kind::EXEC => Self::Exec { stream, exec: Box::new(Exec::parse(&payload)?) },
             kind::STDIN => Self::Stdin { stream, bytes: payload },
             kind::STDIN_EOF => nothing(Self::StdinEof { stream })?,
@@ -247,6 +252,7 @@ fn name(kind: u16) -> Option<&'static str> {
         kind::THAW => "Thaw",
         kind::SHUTDOWN => "Shutdown",
         kind::PING => "Ping",
+        kind::SERVE_CALLS => "ServeCalls",
         kind::EXEC => "Exec",
         kind::STDIN => "Stdin",
         kind::STDIN_EOF => "StdinEof",

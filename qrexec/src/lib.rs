@@ -42,9 +42,9 @@ pub use host::HostFrame;
 pub use identity::{Identity, Network, DNS_COUNT_MAX, ENTROPY_BYTES, HOSTNAME_BYTES_MAX};
 pub use window::{ReceiveWindow, SendWindow, INITIAL_WINDOW, WINDOW_MAX};
 
-/// The protocol's version, said in [`Hello`]. 2 has calls; an agent of 1 that comes out of an older savefile says no Hello, makes none and
-/// is understood.
-pub const PROTOCOL: u32 = 2;
+/// The protocol's version, said in [`Hello`]. 2 has calls, 3 `ServeCalls`; an older agent that comes out of an older savefile says no Hello, and
+/// is understood as long as it is not asked for what it does not know.
+pub const PROTOCOL: u32 = 3;
 
 /// Commands that may run at a time, and calls: more than any front end needs, few enough to bound the agent's memory.
 pub const STREAMS_MAX: usize = 64;

@@ -79,6 +79,7 @@ fn host_frame() -> impl Strategy<Value = HostFrame> {
         identity().prop_map(|identity| HostFrame::Identify(Box::new(identity))),
         Just(HostFrame::Thaw),
         Just(HostFrame::Shutdown),
+        Just(HostFrame::ServeCalls),
         any::<u64>().prop_map(HostFrame::Ping),
         (command(), exec()).prop_map(|(stream, exec)| HostFrame::Exec { stream, exec: Box::new(exec) }),
         (command(), data()).prop_map(|(stream, bytes)| HostFrame::Stdin { stream, bytes }),
@@ -100,7 +101,7 @@ fn host_frame() -> impl Strategy<Value = HostFrame> {
 
 fn op() -> impl Strategy<Value = Op> {
     use Op::*;
-    prop::sample::select(vec![Prerun, Settle, Warm, Freeze, Identify, Thaw, Shutdown, Exec])
+    prop::sample::select(vec![Prerun, Settle, Warm, Freeze, Identify, Thaw, Shutdown, Exec, ServeCalls])
 }
 
 fn guest_frame() -> impl Strategy<Value = GuestFrame> {

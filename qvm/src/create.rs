@@ -32,7 +32,7 @@ pub struct Options {
     /// Label: red, yellow, green …
     #[arg(long, short)]
     label: Option<String>,
-    /// Not possible: volumes' data does not go through this API
+    /// Not possible: a qube has the root volume of its template
     #[arg(long, short = 'r', value_name = "FILENAME", conflicts_with = "root_move_from")]
     root_copy_from: Option<String>,
     /// Not possible, as --root-copy-from
@@ -46,7 +46,8 @@ pub struct Options {
     name: Option<String>,
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+/// `NAME=VALUE`.
+pub fn pair(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').ok_or_else(|| format!("invalid property token: {}", quoted(text)))?;
     Ok((pair.0.into(), pair.1.into()))
 }

@@ -10,6 +10,7 @@
 //!   `outcome` (how a tool ends), `programs` (what they run) and `table`.
 
 mod api;
+mod clone;
 mod create;
 mod features;
 mod files;
@@ -44,6 +45,7 @@ const TOOLS: &[Tool] = &[
     ("qvm-firewall", |name, args| outcome::tool(name, args, firewall::run)),
     ("qvm-volume", |name, args| outcome::tool(name, args, volume::run)),
     ("qvm-create", |name, args| outcome::tool(name, args, create::run)),
+    ("qvm-clone", |name, args| outcome::tool(name, args, clone::run)),
     ("qvm-remove", |name, args| outcome::tool(name, args, remove::run)),
     ("qvm-start", |name, args| outcome::tool(name, args, power::start)),
     ("qvm-shutdown", |name, args| outcome::tool(name, args, shutdown::run)),

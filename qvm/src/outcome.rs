@@ -101,10 +101,10 @@ pub fn print(text: &str) -> Outcome<()> {
     printed.map_err(|error| Failure::Runtime(format!("cannot write to standard output: {error}"), FAILED))
 }
 
-/// Why no volume is filled from a file.
+/// Why no root volume is filled from a file.
 pub fn no_import(path: &str) -> String {
     format!(
-        "volumes' data does not go through this API. Hint: `dispvm-qube add-template NAME --root-image {path} …` gives a TemplateVM its root"
+        "root volumes are not filled through this API. Hint: `dispvm-qube add-template NAME --root-image {path} …` gives a TemplateVM its root"
     )
 }
 

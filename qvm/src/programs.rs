@@ -10,6 +10,8 @@ use crate::outcome::{Failure, FAILED};
 
 /// Launches disposables.
 pub const LAUNCHER: &str = "dispvm-launch";
+/// Fills volumes.
+pub const DAEMON: &str = "dispvmd";
 /// Makes savefiles.
 pub const SAVEFILE_TOOL: &str = "dispvm-savefile";
 /// Calls services of qubes.

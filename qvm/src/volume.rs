@@ -1,12 +1,13 @@
 //! `qvm-volume`: the volumes of qubes.
 
+mod import;
 mod list;
 
 use admin_api::lines::pairs;
 use clap::{Parser, Subcommand};
 
 use crate::api::{Api, Common};
-use crate::outcome::{no_import, print, quoted, Failure, Outcome, FAILED};
+use crate::outcome::{print, quoted, Failure, Outcome, FAILED};
 use crate::table;
 
 /// What `info` says, in its order.
@@ -69,10 +70,10 @@ enum What {
         /// Bytes, or with a unit: 10GiB, 500MB
         size: String,
     },
-    /// Not possible: volumes' data does not go through this API
+    /// Fill a volume of a halted qube
     Import {
-        /// Bytes that the volume is to have
-        #[arg(long)]
+        /// Bytes that the volume is to have [default: as many as the file has]
+        #[arg(long, conflicts_with = "no_resize")]
         size: Option<u64>,
         /// Leave its size as it is
         #[arg(long)]
@@ -80,7 +81,7 @@ enum What {
         /// A volume
         #[arg(value_name = "VM:VOLUME")]
         volume: String,
-        /// What to fill it with
+        /// What to fill it with; - is standard input
         path: String,
     },
     /// List volumes
@@ -106,7 +107,9 @@ pub fn run(options: Options) -> Outcome {
             Volume::find(&api, &volume)?.configure(&property, &value)?
         }
         What::Resize { force, volume, size } => Volume::find(&api, &volume)?.resize(&size, force)?,
-        What::Import { path, .. } => return Err(Failure::error(no_import(&path))),
+        What::Import { size, no_resize, volume, path } => {
+            import::run(&Volume::find(&api, &volume)?, &path, size, no_resize)?
+        }
         What::List(options) => list::run(&options, &api)?,
         What::Revert { volume, revision } => Volume::find(&api, &volume)?.revert(revision)?,
     }

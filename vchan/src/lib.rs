@@ -1,4 +1,4 @@
-//! The ring of Xen's libxenvchan, for either end: its layout in shared pages and the arithmetic of its counters.
+//! Xen's libxenvchan, for either end: the layout in shared pages, the arithmetic of the counters, and the devices that lend the pages.
 //!
 //! Invariants: the peer may write any byte of the shared pages at any time. So every counter of the peer's is read once and
 //! checked against the ring's size before it is used; this end's own counters are kept here and only shown to the peer; the layout
@@ -8,8 +8,10 @@
 //! |---|---|
 //! | [`layout`] | where what is in the first page, and which pages the rings have (pure) |
 //! | [`counters`] | how much can be read and written, and where (pure) |
-//! | [`shared`] | the only `unsafe`: loads, stores and copies in shared pages, with their barriers |
+//! | [`shared`] | `unsafe`: loads, stores and copies in shared pages, with their barriers |
 //! | [`end`] | one end: read, write, ask to be told, be live, hang up |
+//! | [`devices`] | `unsafe`: the ioctls by which a kernel grants pages, maps granted ones, has event channels |
+//! | [`link`] | an end with its pages and its event channel, as a server or as a client of another domain |
 //! | this one | what this project's two ends have agreed on |
 //!
 //! Source: Xen's `xen/include/public/io/libxenvchan.h` and the behaviour of `tools/libs/vchan/`. Another vchan library can be at
@@ -35,8 +37,10 @@
 //!    notices that `OFFER/ring-ref` is not what it wrote.
 
 pub mod counters;
+pub mod devices;
 pub mod end;
 pub mod layout;
+pub mod link;
 pub mod shared;
 
 /// The agent's port. Qubes' own agents have 111 (qubesdb), 512 (qrexec) and those up from 513 (qrexec's data), 4713 (audio) and

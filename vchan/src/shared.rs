@@ -1,4 +1,4 @@
-//! Shared pages: the only `unsafe` of this crate.
+//! Shared pages: loads, stores and copies.
 //!
 //! Invariants:
 //! - no Rust reference ever points into them, but to atomics: what another domain writes meanwhile makes bytes arbitrary, not invalid;

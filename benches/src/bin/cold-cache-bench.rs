@@ -19,10 +19,11 @@ use benches::guests::{Bench, Subject, DEBIAN, TEST};
 use benches::run::Options;
 use benches::stats::{median, percentile};
 use benches::table::Row;
-use clap::Parser;
 use nix::fcntl::{posix_fadvise, PosixFadviseAdvice};
 use rustix::io::ReadWriteFlags;
 use serde_json::{json, Value};
+
+const ABOUT: &str = "Measures launches from a cold page cache: 40 of each kind, or six.";
 
 /// A cold launch with its working set read ahead takes at most this part of one without.
 const MARK: f64 = 0.8;
@@ -31,15 +32,8 @@ const COOL_TRIES: usize = 50;
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 
-/// Measures launches from a cold page cache: 40 of each kind, or six.
-#[derive(Parser)]
-struct Arguments {
-    #[command(flatten)]
-    options: Options,
-}
-
 fn main() -> ExitCode {
-    let Arguments { options } = Arguments::parse();
+    let options = Options::parse(ABOUT);
     let launches = options.launches(40, 6);
     let bench = Bench::open();
     let subjects = [("test guest", &TEST), ("Debian guest", &DEBIAN)];

@@ -14,7 +14,9 @@ use benches::guests::{Bench, Subject, DEBIAN, TEST, TEST_4G};
 use benches::run::Options;
 use benches::stats::{median, percentile};
 use benches::table::Row;
-use clap::Parser;
+
+const ABOUT: &str =
+    "Measures launches against their peers: 100 of each kind and 5 cold boots, or a dozen and one.";
 
 /// The command whose first byte is waited for.
 const COMMAND: [&str; 2] = ["echo", "x"];
@@ -28,15 +30,8 @@ struct Times {
     exit: Vec<f64>,
 }
 
-/// Measures launches against their peers: 100 of each kind and 5 cold boots, or a dozen and one.
-#[derive(Parser)]
-struct Arguments {
-    #[command(flatten)]
-    options: Options,
-}
-
 fn main() -> ExitCode {
-    let Arguments { options } = Arguments::parse();
+    let options = Options::parse(ABOUT);
     let launches = options.launches(100, 12);
     let cold_boots = if options.full { 5 } else { 1 };
     let bench = Bench::open();

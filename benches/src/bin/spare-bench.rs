@@ -13,22 +13,16 @@ use benches::guests::{Bench, Subject, DEBIAN, TEST};
 use benches::run::Options;
 use benches::stats::{median, percentile};
 use benches::table::Row;
-use clap::Parser;
+
+const ABOUT: &str = "Measures launches that get a spare: 200 of each guest and 40 clones at once, or ten.";
 
 /// The command whose first byte is waited for.
 const COMMAND: [&str; 2] = ["echo", "x"];
 /// How many clones run at once for the memory of one.
 const MANY: usize = 40;
 
-/// Measures launches that get a spare: 200 of each guest and 40 clones at once, or ten.
-#[derive(Parser)]
-struct Arguments {
-    #[command(flatten)]
-    options: Options,
-}
-
 fn main() -> ExitCode {
-    let Arguments { options } = Arguments::parse();
+    let options = Options::parse(ABOUT);
     let launches = options.launches(200, 10);
     let bench = Bench::open();
     options.run("spare", launches, || measure(&bench, launches, options.full))

@@ -10,24 +10,18 @@ use std::time::Duration;
 use benches::run::Options;
 use benches::stats::median;
 use benches::table::Row;
-use clap::Parser;
 use fixtures::xen::lab::XenLab;
 use fixtures::xen::Options as HostOptions;
 use fixtures::{binary, DVM};
 use serde_json::Value;
 
+const ABOUT: &str = "Measures launches on Xen: 10 of each kind, or 2.";
+
 /// What xl takes for a file of the guest on a busy machine.
 const LIMIT: Duration = Duration::from_secs(180);
 
-/// Measures launches on Xen: 10 of each kind, or 2.
-#[derive(Parser)]
-struct Arguments {
-    #[command(flatten)]
-    options: Options,
-}
-
 fn main() -> ExitCode {
-    let Arguments { options } = Arguments::parse();
+    let options = Options::parse(ABOUT);
     let launches = options.launches(10, 2);
     options.run("xen", launches, || measure(launches))
 }

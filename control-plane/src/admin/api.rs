@@ -9,7 +9,7 @@ use std::rc::Rc;
 use admin_api::lines::Qube as Line;
 use admin_api::{Event, Kind, Request, ADMIN_VM};
 
-use super::answer::{enforce, exception, silent, Answer};
+use super::answer::{enforce, exception, silent, Answer, Refusal};
 use super::change;
 use super::create;
 use super::features::{self, Scope};
@@ -18,6 +18,7 @@ use super::lives;
 use super::pools;
 use super::properties::{self, Subject};
 use super::settings::{self, Settings};
+use super::volume_change;
 use super::volumes;
 use super::world::{Context, Vm, VmKind, World};
 use crate::qube::LABELS;
@@ -70,7 +71,7 @@ impl Wants {
 
 /// Each method with what it wants: dom0 as its destination, an argument, a payload.
 #[rustfmt::skip]
-const METHODS: [(&str, Wants, Wants, Wants); 65] = [
+const METHODS: [(&str, Wants, Wants, Wants); 75] = [
     ("admin.Events", Either, No, No),
     ("admin.label.Get", It, It, No),
     ("admin.label.Index", It, It, No),
@@ -91,9 +92,14 @@ const METHODS: [(&str, Wants, Wants, Wants); 65] = [
     ("admin.property.Set", It, It, Either),
     ("admin.vm.Create.AppVM", It, Either, It),
     ("admin.vm.Create.DispVM", It, Either, It),
+    ("admin.vm.Create.StandaloneVM", It, Either, It),
+    ("admin.vm.Create.TemplateVM", It, Either, It),
+    ("admin.vm.Console", No, No, No),
     ("admin.vm.CreateDisposable", Either, No, Either),
     ("admin.vm.CreateInPool.AppVM", It, Either, It),
     ("admin.vm.CreateInPool.DispVM", It, Either, It),
+    ("admin.vm.CreateInPool.StandaloneVM", It, Either, It),
+    ("admin.vm.CreateInPool.TemplateVM", It, Either, It),
     ("admin.vm.CurrentState", Either, No, No),
     ("admin.vm.Kill", Either, No, No),
     ("admin.vm.List", Either, No, No),
@@ -128,9 +134,14 @@ const METHODS: [(&str, Wants, Wants, Wants); 65] = [
     ("admin.vm.tag.List", Either, No, No),
     ("admin.vm.tag.Remove", Either, It, No),
     ("admin.vm.tag.Set", Either, It, No),
+    ("admin.vm.volume.Clear", No, It, No),
+    ("admin.vm.volume.CloneFrom", No, It, No),
+    ("admin.vm.volume.CloneTo", No, It, It),
     ("admin.vm.volume.Info", Either, It, No),
     ("admin.vm.volume.List", Either, No, No),
     ("admin.vm.volume.ListSnapshots", Either, It, No),
+    ("admin.vm.volume.Resize", No, It, It),
+    ("admin.vm.volume.Revert", No, It, It),
     ("admin.vm.volume.Set.revisions_to_keep", No, It, It),
     ("admin.vmclass.List", It, No, No),
     ("admin.deviceclass.List", It, No, No),
@@ -140,7 +151,8 @@ const METHODS: [(&str, Wants, Wants, Wants); 65] = [
 
 /// Whether the call waits for a guest.
 pub(super) fn takes_long(request: &Request) -> bool {
-    matches!(request.method.as_str(), "admin.vm.Kill" | "admin.vm.Shutdown" | "admin.vm.Start")
+    let waiting = ["admin.vm.CreateDisposable", "admin.vm.Kill", "admin.vm.Shutdown", "admin.vm.Start"];
+    waiting.contains(&request.method.as_str())
 }
 
 /// Whether qubes have come, gone, started or ended after this call.
@@ -195,6 +207,12 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
                 match class {
                     "AppVM" => done(create::app(context, &request.source, argument, &new)),
                     "DispVM" => done(create::named(context, &request.source, argument, &new)),
+                    "TemplateVM" => Err(not_here(
+                        "a TemplateVM is made of a root image, a kernel and an initrd: `dispvm-qube add-template`",
+                    )),
+                    "StandaloneVM" => {
+                        Err(not_here("there are no StandaloneVMs: a root volume is a TemplateVM's"))
+                    }
                     _ => Err(silent("no such method")),
                 }
             }
@@ -204,6 +222,7 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
     match method {
         "List" => list(world, &vm),
         "CreateDisposable" => create::disposable(context, &request.source, &vm, &request.payload),
+        "Console" => Err(not_here("the console of a qube is not kept")),
         "CurrentState" => current_state(world, &vm),
         "Remove" => done(lives::remove(context, &vm.name)),
         "Kill" => done(lives::kill(context, &vm.name)),
@@ -214,6 +233,11 @@ fn of_a_qube(world: &World<'_>, method: &str, request: &Request) -> Answer<Strin
         "Unpause" | "Resume" => done(lives::unpause(context, &vm.name)),
         _ => Err(silent("no such method")),
     }
+}
+
+/// What Qubes has and we have not: told, so that nobody takes it for a daemon that fails.
+fn not_here(why: &str) -> Refusal {
+    exception(Kind::NotImplemented, why)
 }
 
 fn done(done: Answer<()>) -> Answer<String> {
@@ -366,6 +390,14 @@ fn volume(world: &World<'_>, vm: &Vm, what: &str, request: &Request) -> Answer<S
     match what {
         "Info" => volumes::info(world, vm, name),
         "ListSnapshots" => volumes::revisions(world, vm, name),
+        "Resize" => done(volume_change::resize(world, vm, name, &request.payload)),
+        "Revert" => {
+            let known = volumes::revisions(world, vm, name)?;
+            done(volume_change::revert(world, vm, name, &known, &request.payload))
+        }
+        "Clear" => done(volume_change::clear(world, vm, name)),
+        "CloneFrom" => volume_change::clone_from(world, vm, name),
+        "CloneTo" => done(volume_change::clone_to(world, vm, name, &request.payload)),
         "Set.revisions_to_keep" => {
             let number = std::str::from_utf8(&request.payload).ok().and_then(|text| text.parse::<u32>().ok());
             let number = number.ok_or_else(|| silent("no number of revisions"))?;

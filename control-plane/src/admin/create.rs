@@ -12,6 +12,7 @@ use admin_api::Kind;
 use qrexec::service::QubeName;
 
 use super::answer::{enforce, exception, silent, Answer, Refusal};
+use super::lives;
 use super::settings::{self, Owner, Settings};
 use super::volumes;
 use super::world::{uuid_text, Context, Vm, VmKind, World};
@@ -94,7 +95,37 @@ pub(super) fn disposable(context: &Context, source: &str, vm: &Rc<Vm>, payload: 
             ));
         }
     };
+    let tags = ["created-by", "disp-created-by"].map(|tag| format!("{tag}-{source}"));
+    let text = |name: String, uuid: String| if by_uuid { format!("uuid:{uuid}") } else { name };
+    let dvm = base_of_disposable(context, source, vm)?;
+    if let Some(name) = client::hold_spare(&context.state, &dvm.name) {
+        // One that nobody comes to know of would run for ever.
+        let tagged = tag_spare(context, &name, &tags);
+        let uuid = tagged.inspect_err(|_| drop(lives::kill(context, &name)))?;
+        return Ok(text(name, uuid));
+    }
     let _lock = settings::lock(&context.state)?;
+    // As it is now that nobody changes it.
+    let dvm = base_of_disposable(context, source, vm)?;
+    let number = names::take(&context.state, |number| clones::is_taken(&context.state, number))?;
+    let uuid = add(context, &dvm, &number.to_string(), &dvm.label, true, &tags)?;
+    Ok(text(number.to_string(), uuid))
+}
+
+/// Notes whose a disposable is that was a spare until now, and answers its UUID. That it runs already is no trouble: whoever wants it
+/// does not know its name yet.
+fn tag_spare(context: &Context, name: &str, tags: &[String]) -> Answer<String> {
+    context.forget_spares();
+    let _lock = settings::lock(&context.state)?;
+    let vm = World::new(context).vm(name)?;
+    let mut settings = vm.settings.clone();
+    settings.tags.extend(tags.iter().cloned());
+    settings.save(&context.state, &vm.owner)?;
+    Ok(vm.uuid())
+}
+
+/// The DVM template a caller's disposable is made from: the one that was asked for, or its default.
+fn base_of_disposable(context: &Context, source: &str, vm: &Vm) -> Answer<Rc<Vm>> {
     let world = World::new(context);
     let dvm = match vm.kind {
         VmKind::Admin => world.find(&world.value(&*world.vm(source)?, "default_dispvm")?)?,
@@ -108,10 +139,7 @@ pub(super) fn disposable(context: &Context, source: &str, vm: &Rc<Vm>, payload: 
     if world.value(&dvm, "template_for_dispvms")? != bool_text(true) {
         return Err(refused());
     }
-    let number = names::take(&context.state, |number| clones::is_taken(&context.state, number))?;
-    let tags = ["created-by", "disp-created-by"].map(|tag| format!("{tag}-{source}"));
-    let uuid = add(context, &dvm, &number.to_string(), &dvm.label, true, &tags)?;
-    Ok(if by_uuid { format!("uuid:{uuid}") } else { number.to_string() })
+    Ok(dvm)
 }
 
 /// Makes a disposable that begins with its template's settings, as they are now. Answers its UUID.

@@ -1,7 +1,8 @@
 //! Qubes removed, started, paused and ended.
 //!
 //! Checks, their order, exceptions and events as in QubesOS/qubes-core-admin `qubes/vm/qubesvm.py` (start, shutdown, kill, pause, unpause)
-//! and `qubes/vm/mix/net.py` (on_domain_pre_shutdown), R4.2. No lock is held while a qube starts or ends.
+//! and `qubes/vm/mix/net.py` (on_domain_pre_shutdown: a QubesVMError), R4.1 and later; but one that is asked to start and is not halted is told so,
+//! as by R4.0, which later releases take silently for done. No lock is held while a qube starts or ends.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,6 @@ use crate::calls::message::Control;
 use crate::clones::{self, CloneRecord};
 use crate::daemon::client;
 use crate::error::Error;
-use crate::output::error_text;
 use crate::templates;
 
 /// Ending a clone is some milliseconds' work, unless its keeper is at a spill, whose steps have 20 s each.
@@ -70,25 +70,52 @@ pub(super) fn kill(context: &Context, name: &str) -> Answer<()> {
     Ok(clones::sweep(&context.state)?)
 }
 
-/// Starts a qube and waits until its agent is up.
+/// Starts a qube, its netvm first, and waits until its agent is up.
 pub(super) fn start(context: &Context, name: &str) -> Answer<()> {
+    match start_after_netvm(context, name, &mut Vec::new())? {
+        true => Ok(()),
+        false => Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {name:?}"))),
+    }
+}
+
+/// Whether it was halted. `clients` are the qubes for which it is started.
+fn start_after_netvm(context: &Context, name: &str, clients: &mut Vec<String>) -> Answer<bool> {
     let world = World::new(context);
     let vm = world.vm(name)?;
-    let not_halted = || exception(Kind::VmNotHalted, format!("Domain is not powered off: {:?}", vm.name));
     if world.power_state(&vm)? != "Halted" {
-        return Err(not_halted());
+        return Ok(false);
     }
     let tell = |event: Event| context.events.fire(&event);
     tell(Event::new(&vm.name, "domain-pre-start").detail("start_guid", "True"));
-    match client::start(&context.state, &vm.name) {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(not_halted()),
-        Err(error) => {
-            let reason = error_text(&error);
-            tell(Event::new(&vm.name, "domain-start-failed").detail("reason", &reason));
-            Err(exception(Kind::QubesException, reason))
-        }
+    let netvm = start_netvm(&world, &vm, clients);
+    let started = netvm.and_then(|()| Ok(client::start(&context.state, &vm.name)?));
+    started.inspect_err(|refusal| {
+        tell(Event::new(&vm.name, "domain-start-failed").detail("reason", refusal.to_string()));
+    })
+}
+
+/// Has the netvm of a qube that is to start run before it. dom0 runs, and so does a disposable without a record.
+fn start_netvm(world: &World<'_>, vm: &Vm, clients: &mut Vec<String>) -> Answer<()> {
+    let name = world.value(vm, "netvm")?;
+    if name.is_empty() {
+        return Ok(());
     }
+    let cannot = |why: String| exception(Kind::QubesException, format!("the netvm of {} {why}", vm.name));
+    let netvm = world.find(&name)?.ok_or_else(|| cannot(format!("is not there: {name}")))?;
+    clients.push(vm.name.clone());
+    // Properties that are set one by one make no loop; records that were edited may.
+    if clients.contains(&netvm.name) {
+        return Err(cannot(format!(
+            "is {name}, which has its network from it: loops in network are unsupported"
+        )));
+    }
+    let started = match world.power_state(&netvm)? {
+        "Halted" => start_after_netvm(world.context, &netvm.name, clients),
+        // Somebody else starts it: it is waited for.
+        "Transient" => client::start(world.state, &netvm.name).map_err(Refusal::from),
+        _ => Ok(false),
+    };
+    started.map(drop).map_err(|refusal| cannot(format!("does not start: {refusal}")))
 }
 
 /// Asks a qube to shut down (`force`: also if others have their network from it; `wait`: until it has).
@@ -100,13 +127,11 @@ pub(super) fn shutdown(context: &Context, name: &str, flags: &str) -> Answer<()>
     refuse_dom0(&vm, "shut down")?;
     let clone = world.running(&vm)?.ok_or_else(|| not_started(&vm.name))?;
     refuse_spare(&world, &vm)?;
-    if !flags.contains(&"force") {
-        check_no_clients(&world, &vm)?;
-    }
     let limit = world.value(&vm, "shutdown_timeout")?.parse().map_or(SHUTDOWN_LIMIT, Duration::from_secs);
     context.events.fire(&Event::new(&vm.name, "domain-pre-shutdown"));
-    let asked = calls::client::control(&context.state, &vm.name, Control::Shutdown).map_err(Refusal::from);
-    let done = asked.and_then(|()| match flags.contains(&"wait") {
+    let may = if flags.contains(&"force") { Ok(()) } else { check_no_clients(&world, &vm) };
+    let ask = || Ok(calls::client::control(&context.state, &vm.name, Control::Shutdown)?);
+    let done = may.and_then(|()| ask()).and_then(|()| match flags.contains(&"wait") {
         true if !await_end(context, clone, limit)? => {
             Err(exception(Kind::VmShutdownTimeout, format!("Domain shutdown timed out: {:?}", vm.name)))
         }
@@ -128,7 +153,7 @@ fn check_no_clients(world: &World<'_>, vm: &Vm) -> Answer<()> {
     match clients.is_empty() {
         true => Ok(()),
         false => Err(exception(
-            Kind::VmInUse,
+            Kind::Vm,
             format!("There are other VMs connected to this VM: {}", clients.join(", ")),
         )),
     }

@@ -19,6 +19,9 @@ use crate::state::{self, State};
 /// The largest record: some thousand features, or all the firewall rules one request can carry, are far below.
 pub const RECORD_BYTES_MAX: u64 = 1 << 20;
 
+/// As many revisions of a volume as stay without anybody's saying.
+pub const REVISIONS_TO_KEEP: u32 = 1;
+
 /// One qube's settings, `qubes/NAME/settings.toml`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

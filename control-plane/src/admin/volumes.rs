@@ -6,13 +6,12 @@ use std::path::PathBuf;
 use admin_api::lines::bool_text;
 
 use super::answer::{silent, Answer};
+use super::settings;
 use super::world::{Vm, VmKind, World};
-use crate::error::Error;
+use crate::private;
 
 /// The name of the pool.
 pub(super) const POOL: &str = "dispvm";
-/// As many revisions as stay without anybody's saying.
-const REVISIONS_TO_KEEP: u32 = 1;
 
 /// A volume.
 struct Volume {
@@ -57,7 +56,7 @@ pub(super) fn info(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String> {
         ("path", volume.path.display().to_string()),
         ("save_on_stop", bool_text(volume.kept).to_owned()),
         ("snap_on_start", bool_text(volume.source.is_some()).to_owned()),
-        ("revisions_to_keep", revisions.unwrap_or(REVISIONS_TO_KEEP).to_string()),
+        ("revisions_to_keep", revisions.unwrap_or(settings::REVISIONS_TO_KEEP).to_string()),
         // What a disposable writes is in memory or under a key that nobody has afterwards.
         ("ephemeral", bool_text(volume.writable && !volume.kept).to_owned()),
         ("is_outdated", bool_text(false).to_owned()),
@@ -65,22 +64,14 @@ pub(super) fn info(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String> {
     Ok(pairs.iter().map(|(key, value)| format!("{key}={value}\n")).collect())
 }
 
-/// The generations of a volume that are there, oldest first.
+/// The revisions of a volume that it can be reverted to, oldest first: what an AppVM's private volume was before, as many of them as stay.
 pub(super) fn revisions(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String> {
     find(world, vm, name)?;
-    let folder = match (&vm.kind, name) {
-        (VmKind::Template(_), "root") => world.state.qube(&vm.name).join("root"),
-        (VmKind::App(_), "private") => world.state.qube(&vm.name).join("private"),
-        _ => return Ok(String::new()),
+    let earlier = match (&vm.kind, name) {
+        (VmKind::App(dvm), "private") => private::earlier(world.state, &vm.name, dvm.private_generation)?,
+        _ => Vec::new(),
     };
-    let entries = std::fs::read_dir(&folder).map_err(|error| Error::io("list", &folder)(error))?;
-    let generation = |entry: std::fs::DirEntry| {
-        let name = entry.file_name().into_string().ok()?;
-        name.strip_suffix(".img").unwrap_or(&name).parse::<u64>().ok()
-    };
-    let mut generations: Vec<u64> = entries.flatten().filter_map(generation).collect();
-    generations.sort_unstable();
-    Ok(generations.iter().map(|generation| format!("{generation}\n")).collect())
+    Ok(earlier.iter().map(|generation| format!("{generation}\n")).collect())
 }
 
 /// What a volume is called in its pool.

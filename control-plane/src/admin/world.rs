@@ -11,6 +11,7 @@ use admin_api::{Kind as Exceptions, ADMIN_VM};
 use super::answer::{exception, Answer};
 use super::events::Hub;
 use super::settings::{self, Owner, Settings, System};
+use super::volume_change::Pending;
 use crate::clones::{self, CloneRecord, Keeping, Power};
 use crate::daemon::client;
 use crate::error::{Kind, Result};
@@ -26,11 +27,23 @@ pub(super) struct Context {
     pub(super) events: Hub,
     /// The clones of keepers that were handed out, and when the daemon said so; those of other keepers are spares.
     handed_out: Mutex<Option<(Instant, Option<Vec<String>>)>>,
+    /// Volumes that are about to be cloned.
+    pub(super) pending_clones: Pending,
 }
 
 impl Context {
     pub(super) fn new(state: State) -> Context {
-        Context { state, events: Hub::default(), handed_out: Mutex::new(None) }
+        Context {
+            state,
+            events: Hub::default(),
+            handed_out: Mutex::new(None),
+            pending_clones: Pending::default(),
+        }
+    }
+
+    /// What the daemon said of its spares holds no more: one was handed out.
+    pub(super) fn forget_spares(&self) {
+        *self.handed_out.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = None;
     }
 
     /// Whether a clone waits to be somebody's. Without a daemon to say so, it counts as somebody's.

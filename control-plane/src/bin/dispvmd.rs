@@ -1,16 +1,19 @@
 //! `dispvmd`: keeps clones ready, so that `dispvm-launch` has one in milliseconds, and serves the Admin API.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use admin_api::Reply;
 use clap::{Parser, Subcommand};
 use control_plane::admin;
 use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
 use control_plane::daemon::protocol::Status;
-use control_plane::daemon::{client, keeper, server, systemd};
+use control_plane::daemon::{client, holder, keeper, server, systemd};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::run::runner;
+use control_plane::state::State;
 use nix::sys::signal::{SigSet, Signal};
 
 /// Keeps clones ready (spares), so that dispvm-launch has one in milliseconds, and savefiles fresh; starts qubes and serves Qubes'
@@ -59,6 +62,23 @@ enum Command {
         /// Qube
         name: String,
     },
+    /// Hold a spare as a disposable that runs by itself (started by dispvmd itself, with a socket as standard input)
+    #[command(hide = true)]
+    Holder {
+        /// DVM template
+        dvm: String,
+    },
+    /// Fill a volume with standard input (the services admin.vm.volume.Import and ImportWithSize)
+    #[command(hide = true)]
+    Import {
+        /// Whether a line with the size comes first
+        #[arg(long)]
+        with_size: bool,
+        /// Qube
+        name: String,
+        /// Its volume
+        volume: String,
+    },
     /// Make the hot image of a savefile (started by dispvmd itself)
     #[command(hide = true)]
     Admit {
@@ -96,6 +116,8 @@ fn run(options: Options) -> Result<()> {
         }
         Some(Command::Admit { dvm }) => keeper::admit(&state, &machine()?, &dvm),
         Some(Command::Runner { name }) => runner::run(&state, &machine()?, &name, true),
+        Some(Command::Holder { dvm }) => holder::run(&state, &machine()?, &dvm),
+        Some(Command::Import { with_size, name, volume }) => import(&state, with_size, &name, &volume),
         Some(Command::Keeper { dvm }) => keeper::run(&state, &machine()?, &dvm),
         Some(Command::Status { json }) => {
             let answered = client::status(&state)
@@ -106,6 +128,17 @@ fn run(options: Options) -> Result<()> {
             })?;
             print_status(&status, json)
         }
+    }
+}
+
+/// A refusal is the service's answer, and told by its status beside.
+fn import(state: &State, with_size: bool, name: &str, volume: &str) -> Result<()> {
+    let reply = admin::import_volume(state, name, volume, &mut io::stdin().lock(), with_size);
+    let bytes = reply.as_ref().map_or(Vec::new(), Reply::encode);
+    io::stdout().write_all(&bytes).map_err(Error::failed("answer"))?;
+    match reply {
+        Some(Reply::Ok(_)) => Ok(()),
+        _ => Err(Error::new(Kind::Refused, format!("{name}:{volume} was not imported"))),
     }
 }
 

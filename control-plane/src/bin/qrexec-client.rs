@@ -8,23 +8,32 @@ use std::io::{self, pipe, PipeReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use std::ffi::OsString;
 
 use clap::Parser;
-use control_plane::calls::{client, programs, service, system_log};
+use control_plane::calls::{client, programs, ready, service, system_log};
 use control_plane::cli::{fail, generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::output::error_text;
 use control_plane::state::State;
 use qrexec::service as text;
 use qrexec::service::CommandLine;
+use rustix::net::SocketType;
+
+/// What Qubes' own says of a wrong command line, and of a standard input that is no socket.
+const EXIT_USAGE: u8 = 1;
+const EXIT_NO_SOCKET: u8 = 2;
+/// Where a qube is ended.
+const API_SOCKET: &str = "/var/run/qubesd.sock";
 
 /// Runs a command or a service in a qube.
 ///
-/// Exit status: the command's; 125 when the call failed, 126 when it was refused, 127 when there is no such command or service in
+/// Exit status: the command's; 1 for a wrong command line, 125 when the call failed, 126 when it was refused, 127 when there is no such command or service in
 /// the qube.
 #[derive(Parser)]
 #[command(name = "qrexec-client", version)]
@@ -35,13 +44,13 @@ struct Options {
     #[arg(short = 'd', value_name = "QUBE")]
     domain: String,
     /// Connect the command to this command line of dom0 instead of standard input and output
-    #[arg(short = 'l', value_name = "COMMAND", conflicts_with = "exit_at_once")]
+    #[arg(short = 'l', value_name = "COMMAND", conflicts_with_all = ["exit_at_once", "request", "one_socket"])]
     local: Option<OsString>,
     /// Exit as soon as the command is started; it has no input, and its output is not heard
-    #[arg(short = 'e')]
+    #[arg(short = 'e', conflicts_with = "request")]
     exit_at_once: bool,
     /// Exit with 0 whatever the command's status, unless the call failed
-    #[arg(short = 'E')]
+    #[arg(short = 'E', long = "no-exit-code")]
     any_status: bool,
     /// Replace all of the command's output but printable ASCII and blanks by `_`
     #[arg(short = 't')]
@@ -49,15 +58,24 @@ struct Options {
     /// The same for its standard error
     #[arg(short = 'T')]
     filter_stderr: bool,
-    /// Seconds to wait for the qube; a qube that runs answers at once, so this changes nothing
-    #[arg(short = 'w', value_name = "SECONDS")]
-    _limit: Option<u32>,
+    /// Seconds to wait for a qube that is paused, or whose holder does not answer; 0 for as long as it takes
+    #[arg(short = 'w', value_name = "SECONDS", default_value_t = 5)]
+    limit: u32,
     /// Wait for the end of the call, as is done anyway
     #[arg(short = 'W')]
     _wait: bool,
-    /// End the qube afterwards, as is done with a disposable anyway
+    /// Kill the qube afterwards, as is done with a disposable of our own anyway
     #[arg(short = 'k')]
     kill: bool,
+    /// Refused: qubes' calls are answered by who holds them, not by this program
+    #[arg(short = 'c', value_name = "REQUEST,SOURCE,DOMAIN")]
+    request: Option<OsString>,
+    /// Refused: calls go by the state folder's sockets, see --root
+    #[arg(long, value_name = "DIR")]
+    socket_dir: Option<PathBuf>,
+    /// Use standard input, which must be a socket, for output as well
+    #[arg(long = "use-stdin-socket")]
+    one_socket: bool,
     /// Say what there is to say in the system's log, not on standard error, which is the command's alone then
     #[arg(long)]
     quiet: bool,
@@ -72,14 +90,17 @@ fn main() -> ExitCode {
         Ok(options) => options,
         Err(error) => {
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { text::EXIT_PROBLEM } else { 0 });
+            return ExitCode::from(if error.use_stderr() { EXIT_USAGE } else { 0 });
         }
     };
     match run(&options) {
         Ok(status) => ExitCode::from(if options.any_status { 0 } else { status }),
         Err(error) => {
-            let refused = error.kind == Kind::Refused;
-            let status = if refused { text::EXIT_REFUSED } else { text::EXIT_PROBLEM };
+            let status = match error.kind {
+                Kind::Usage => EXIT_USAGE,
+                Kind::Refused => text::EXIT_REFUSED,
+                _ => text::EXIT_PROBLEM,
+            };
             if options.quiet {
                 system_log::say("qrexec-client", &error_text(&error));
                 return ExitCode::from(status);
@@ -90,6 +111,11 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<u8> {
+    options.refuse_what_is_not_here()?;
+    if options.one_socket && rustix::net::sockopt::socket_type(io::stdin()) != Ok(SocketType::STREAM) {
+        eprintln!("qrexec-client: --use-stdin-socket: standard input is no stream socket");
+        return Ok(EXIT_NO_SOCKET);
+    }
     let state = options.common.state()?;
     let line = CommandLine::parse(options.line.as_bytes()).map_err(|error| {
         Error::new(Kind::Usage, "no command line of qrexec's")
@@ -97,25 +123,64 @@ fn run(options: &Options) -> Result<u8> {
             .hint("USER:COMMAND, or USER:QUBESRPC SERVICE[+ARG] SOURCE")
     })?;
     let remote = Remote::of(&state, &options.domain, &line, options.quiet)?;
-    if options.kill && !matches!(remote, Remote::Fresh(_)) {
-        return Err(Error::new(Kind::Usage, "-k is for disposables: -d @dispvm")
-            .hint(format!("`qvm-kill {}` ends another", options.domain)));
+    if let Remote::Running { state, name, .. } = &remote {
+        ready::wait(state, name, options.patience())?;
     }
-    if options.exit_at_once {
-        return remote.start().map(|()| 0);
-    }
-    match remote {
+    let kills = options.kill && matches!(remote, Remote::Running { .. });
+    let ended = match remote {
+        remote if options.exit_at_once => remote.start().map(|()| 0),
         // Then its signals are the launch's.
         Remote::Fresh(mut launch) if options.takes_streams_as_they_are() => {
             Err(Error::failed("run dispvm-launch")(launch.exec()))
         }
         remote => converse(options, remote),
+    };
+    if kills {
+        kill(&options.domain)?;
     }
+    ended
+}
+
+/// Ends a qube that runs.
+fn kill(name: &str) -> Result<()> {
+    let named = std::env::var_os("DISPVM_API_SOCKET").filter(|path| !path.is_empty());
+    let socket = named.map_or_else(|| API_SOCKET.into(), PathBuf::from);
+    let killed = admin_api::client::call(&socket, &admin_api::Request::new("admin.vm.Kill", name));
+    killed.map(drop).map_err(|error| {
+        Error::new(Kind::Failed, format!("cannot kill {name}"))
+            .because(error)
+            .hint(format!("`qvm-kill {name}`"))
+    })
 }
 
 impl Options {
+    /// What Qubes' own takes and makes no sense here, with why.
+    fn refuse_what_is_not_here(&self) -> Result<()> {
+        if self.request.is_some() {
+            let why = "-c answers a request that Qubes' own qrexec-daemon has taken, and there is none here";
+            return Err(Error::new(Kind::Usage, why)
+                .hint("who holds a qube has its calls carried out: qrexec-policy-exec"));
+        }
+        if self.socket_dir.is_some() {
+            return Err(Error::new(
+                Kind::Usage,
+                "--socket-dir is for sockets of Qubes' own qrexec-daemon, and there are none here",
+            )
+            .hint("--root DIR names the state folder, where calls/QUBE.sock is"));
+        }
+        Ok(())
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        (self.limit > 0).then(|| Duration::from_secs(self.limit.into()))
+    }
+
     fn takes_streams_as_they_are(&self) -> bool {
-        self.local.is_none() && !self.filter_stdout && !self.filter_stderr && !self.any_status
+        self.local.is_none()
+            && !self.one_socket
+            && !self.filter_stdout
+            && !self.filter_stderr
+            && !self.any_status
     }
 }
 
@@ -205,6 +270,7 @@ fn converse(options: &Options, remote: Remote<'_>) -> Result<u8> {
     let stderr = filtered(options.filter_stderr, own(io::stderr().as_fd())?)?;
     let mut local = None;
     let (stdin, stdout) = match &options.local {
+        None if options.one_socket => (own(io::stdin().as_fd())?, own(io::stdin().as_fd())?),
         None => (own(io::stdin().as_fd())?, own(io::stdout().as_fd())?),
         Some(line) => {
             let ((to_local, stdout), (stdin, from_local)) =

@@ -1,21 +1,23 @@
 //! `qrexec-policy-exec`: what becomes of a qube's call. The holder of a qube starts one for each call, with the call's streams as its own; it asks
-//! the policy, tells the holder, and becomes what carries the call out.
+//! the policy, tells the holder, and becomes what carries the call out, or has it carried out.
 //!
-//! Invariants: nothing is read of the call's streams or written to them here, the guest would hear it; what is to be known is told to the
-//! holder, and to the system's log.
+//! Invariants: nothing is written to the call's streams here, the guest would hear it, but what a service behind a socket says; what is to be
+//! known is told to the holder, and to the system's log.
 
+use std::io;
 use std::os::unix::process::CommandExt;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use clap::Parser;
+use control_plane::calls::carry_out::{self, Carrier};
 use control_plane::calls::decide::{self, Asked, Rules};
 use control_plane::calls::verdict::Teller;
-use control_plane::calls::{carry_out, service, system_log};
+use control_plane::calls::{service, system_log};
 use control_plane::cli::{generate_if_asked, Common};
 use control_plane::error::{Error, Kind, Result};
 use control_plane::output::error_text;
 use nix::sys::signal::SigSet;
-use qrexec::service::{Target, EXIT_NOT_FOUND, EXIT_PROBLEM, EXIT_REFUSED};
+use qrexec::service::{Target, EXIT_PROBLEM, EXIT_REFUSED};
 
 const NAME: &str = "qrexec-policy-exec";
 
@@ -52,17 +54,20 @@ fn main() -> ExitCode {
     let _ = SigSet::all().thread_unblock();
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM));
     match prepare(&options) {
-        Ok((text, Some(mut command))) => {
+        Ok((text, Carrier::Nothing(why))) => {
+            tell(&mut teller, true, &format!("{text}, but {why}"));
+            ExitCode::from(why.status())
+        }
+        Ok((text, carrier)) => {
             if !tell(&mut teller, true, &text) {
                 return ExitCode::from(EXIT_PROBLEM);
             }
-            let error = command.exec();
-            system_log::say(NAME, &format!("{text}, but cannot be run: {error}"));
+            let error = match carry_out(carrier, &text) {
+                Ok(status) => return ExitCode::from(status),
+                Err(error) => error,
+            };
+            system_log::say(NAME, &format!("{text}, but cannot be carried out: {error}"));
             ExitCode::from(EXIT_PROBLEM)
-        }
-        Ok((text, None)) => {
-            tell(&mut teller, true, &format!("{text}: there is no such service"));
-            ExitCode::from(EXIT_NOT_FOUND)
         }
         Err(error) => {
             tell(&mut teller, false, &error_text(&error));
@@ -71,19 +76,32 @@ fn main() -> ExitCode {
     }
 }
 
+/// Becomes what carries the call out, or does so itself.
+fn carry_out(carrier: Carrier, text: &str) -> io::Result<u8> {
+    match carrier {
+        Carrier::Program(mut command) => Err(command.exec()),
+        Carrier::InDom0(service) => {
+            service.notes().iter().for_each(|note| system_log::say(NAME, &format!("{text}: {note}")));
+            service.serve()
+        }
+        Carrier::Nothing(why) => Err(io::Error::other(why)),
+    }
+}
+
 /// Decides, and finds what carries the call out.
-fn prepare(options: &Options) -> Result<(String, Option<Command>)> {
+fn prepare(options: &Options) -> Result<(String, Carrier)> {
     let state = options.common.state()?;
     let target = Target::parse(options.target.as_bytes()).map_err(|error| {
         Error::new(Kind::Refused, format!("{:?} is no target", options.target)).because(error)
     })?;
     let source = service::parse_source(&options.source)?;
-    let asked = Asked { source, target, service: service::parse(&options.service)? };
-    let allow = decide::decide(&state, &Rules::of_environment(), &asked)?;
+    let mut asked = Asked { source, target, service: service::parse(&options.service)? };
+    let (allow, target) = decide::decide(&state, &Rules::of_environment(), &asked)?;
     let text = decide::allowed_text(&asked, &allow);
-    let command = carry_out::program(&state, &asked, &allow)
+    asked.target = target;
+    let carrier = carry_out::carrier(&state, &asked, &allow)
         .map_err(|error| Error::new(Kind::Refused, text.clone()).because(error))?;
-    Ok((text, command))
+    Ok((text, carrier))
 }
 
 /// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out.

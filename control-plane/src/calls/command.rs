@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use call_channel::port::Port;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
@@ -10,7 +11,6 @@ use qrexec::{Exit, GuestFrame, HostFrame};
 
 use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
 use super::message::Answer;
-use super::port::Port;
 use crate::agent_link::AgentLink;
 use crate::daemon::channel::Channel;
 use crate::session::SessionError;
@@ -60,7 +60,8 @@ impl Command {
         whose: Whose,
         [stdin, stdout, stderr]: [BorrowedFd<'_>; 3],
     ) -> std::io::Result<Command> {
-        let ports = (Port::input(stdin)?, Port::output(stdout)?, Port::output(stderr)?);
+        let ports =
+            (Port::patient_input(stdin)?, Port::patient_output(stdout)?, Port::patient_output(stderr)?);
         Ok(Command {
             stdin: Input::new(Some(ports.0)),
             stdout: Output::new(Some(ports.1)),
@@ -135,7 +136,11 @@ impl Command {
             GuestFrame::StderrEof { .. } if !self.is_main() => self.stderr.end(),
             GuestFrame::StdinCredit { bytes, .. } => self.stdin.credit(bytes)?,
             GuestFrame::StdinClosed { .. } => drop(self.stdin.close()),
-            GuestFrame::Exited { exit, .. } => self.exit = Some(exit),
+            GuestFrame::Exited { exit, .. } => {
+                self.exit = Some(exit);
+                self.stdout.end();
+                self.stderr.end();
+            }
             _ => {}
         }
         Ok(())
@@ -229,9 +234,9 @@ impl Command {
         self.kill_at
     }
 
-    /// Kills it, if it was told to end long enough ago.
-    pub(super) fn kill_if_due(&mut self, link: &mut AgentLink) -> Result<(), SessionError> {
-        if self.kill_at.is_some_and(|kill_at| kill_at <= Instant::now()) {
+    /// Kills it, if it was told to end long enough before `now`.
+    pub(super) fn kill_if_due(&mut self, now: Instant, link: &mut AgentLink) -> Result<(), SessionError> {
+        if self.kill_at.is_some_and(|kill_at| kill_at <= now) {
             self.kill_at = None;
             link.queue(&HostFrame::Signal { stream: self.stream, signal: Signal::SIGKILL as u8 })?;
         }
@@ -251,4 +256,44 @@ impl Command {
 
 fn output_error(error: Errno) -> SessionError {
     SessionError::Io { step: "write the command's output", source: error.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qrexec::Decoder;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_command_whose_caller_has_gone_has_its_time_to_end_and_is_killed_then() {
+        let (ours, mut agent) = UnixStream::pair().unwrap();
+        agent.set_nonblocking(true).unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut link = AgentLink::new(Box::new(ours));
+        let mut decoder = Decoder::new();
+        let mut hear = |link: &mut AgentLink| {
+            link.flush().unwrap();
+            let mut bytes = [0; 256];
+            let count = agent.read(&mut bytes).unwrap_or(0);
+            let (mut bytes, mut frames) = (&bytes[..count], Vec::new());
+            while let Some(raw) = decoder.next(&mut bytes).unwrap() {
+                frames.push(HostFrame::parse(raw).unwrap());
+            }
+            frames
+        };
+        let signal = |signal: Signal| HostFrame::Signal { stream: 7, signal: signal as u8 };
+        let mut command = Command::nobodys(7, Whose::Nobody);
+        let told = Instant::now();
+        command.abandon(&mut link).unwrap();
+        assert_eq!(hear(&mut link), [signal(Signal::SIGTERM)]);
+        let due = command.deadline().unwrap();
+        assert!(due >= told + TERM_LIMIT && due <= Instant::now() + TERM_LIMIT);
+        command.kill_if_due(due - Duration::from_millis(1), &mut link).unwrap();
+        assert_eq!(hear(&mut link), []);
+        command.kill_if_due(due, &mut link).unwrap();
+        assert_eq!((hear(&mut link), command.deadline()), (vec![signal(Signal::SIGKILL)], None));
+        command.kill_if_due(due + TERM_LIMIT, &mut link).unwrap();
+        assert_eq!(hear(&mut link), [], "once is enough");
+    }
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use policy::{Allow, Answer, Ask, Denial, Destination, Policy, Prompt, Request};
+use policy::{Allow, Answer, Ask, Denial, Destination, Policy, Prompt, Qube, Request, System};
 use qrexec::service::{QubeName, Service, Target};
 
 use crate::admin;
@@ -15,6 +15,8 @@ use crate::state::State;
 const POLICY_DIR: &str = "/etc/qubes/policy.d";
 /// Where that of R4.0 is, which `!compat-4.0` reads; alone, where there is no other.
 const LEGACY_DIR: &str = "/etc/qubes-rpc/policy";
+/// dom0 by its number.
+const DOM0_UUID: &str = "uuid:00000000-0000-0000-0000-000000000000";
 /// What asks somebody, where there is such a program.
 const PROMPT: &str = "/etc/dispvm/ask-prompt";
 
@@ -58,8 +60,9 @@ impl Rules {
     }
 }
 
-/// Decides. An error is a refusal, too: it says why, and by which rule.
-pub fn decide(state: &State, rules: &Rules, asked: &Asked) -> Result<Allow> {
+/// Decides; with the answer comes whom the caller asked for, as a service of dom0's is told. An error is a refusal, too: it says why, and by
+/// which rule.
+pub fn decide(state: &State, rules: &Rules, asked: &Asked) -> Result<(Allow, Target)> {
     let Asked { source, target, service } = asked;
     let call = format!("{source} calls {service} in {target}", source = source.as_str());
     let refused = |denial: Denial| Error::new(Kind::Refused, format!("{call}: refused by {denial}"));
@@ -73,7 +76,29 @@ pub fn decide(state: &State, rules: &Rules, asked: &Asked) -> Result<Allow> {
         Some(program) => &Program(program),
         None => &policy::Nobody,
     };
-    policy.decide(&system, &request, prompt).map_err(refused)
+    let allow = policy.decide(&system, &request, prompt).map_err(refused)?;
+    Ok((allow, normal(&system, target)))
+}
+
+/// dom0 is a keyword, however it was called, and so is what is not there.
+fn normal(system: &System, target: &Target) -> Target {
+    let keyword = |keyword: &str| Target::Keyword(keyword.to_owned());
+    let is_uuid = |uuid: &str, qube: &Qube| qube.uuid.as_deref() == Some(uuid);
+    match target {
+        Target::Name(name) if name == "dom0" || name == DOM0_UUID => keyword("adminvm"),
+        Target::Name(name) => {
+            let is_there = match name.strip_prefix("uuid:") {
+                Some(uuid) => system.qubes().any(|(_, qube)| is_uuid(uuid, qube)),
+                None => system.get(name).is_some(),
+            };
+            if is_there {
+                target.clone()
+            } else {
+                keyword("default")
+            }
+        }
+        Target::Keyword(_) => target.clone(),
+    }
 }
 
 /// What is logged of a call that may happen.

@@ -253,8 +253,9 @@ impl Hub {
             }
             command.answer(&Answer::Exited(exit));
         }
+        let now = Instant::now();
         for command in self.commands.values_mut() {
-            command.kill_if_due(link)?;
+            command.kill_if_due(now, link)?;
         }
         self.outgoing.kill_those_due();
         self.reception.iter_mut().for_each(Reception::expire);

@@ -3,11 +3,10 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use call_channel::port::Port;
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use qrexec::{ProtocolError, ReceiveWindow, SendWindow};
-
-use super::port::Port;
 
 /// How much is read at once: a pipe's worth, a frame's worth.
 pub(super) const READ_BYTES: usize = 64 << 10;
@@ -78,6 +77,8 @@ pub(super) struct Output {
     pending: VecDeque<u8>,
     /// Nothing more comes from the guest.
     ended: bool,
+    /// The port was told so, and takes its time.
+    finishing: bool,
 }
 
 /// What became of a write.
@@ -93,7 +94,13 @@ pub(super) enum Wrote {
 impl Output {
     /// Without a descriptor, what comes is thrown away.
     pub(super) fn new(port: Option<Port>) -> Output {
-        Output { port, window: ReceiveWindow::default(), pending: VecDeque::new(), ended: false }
+        Output {
+            port,
+            window: ReceiveWindow::default(),
+            pending: VecDeque::new(),
+            ended: false,
+            finishing: false,
+        }
     }
 
     /// Takes bytes from the guest. Answers the credit that is due at once, which is where nobody reads them.
@@ -114,7 +121,7 @@ impl Output {
 
     /// Whether the reader has all that came.
     pub(super) fn is_done(&self) -> bool {
-        self.pending.is_empty()
+        self.pending.is_empty() && !self.finishing
     }
 
     /// Whether what comes goes anywhere.
@@ -124,7 +131,7 @@ impl Output {
 
     /// What comes from now on is thrown away. Answers the credit that is due for what waited.
     pub(super) fn close(&mut self) -> Option<u32> {
-        self.port = None;
+        (self.port, self.finishing) = (None, false);
         let waited = std::mem::take(&mut self.pending).len();
         self.window.consumed(waited)
     }
@@ -140,7 +147,7 @@ impl Output {
     pub(super) fn write(&mut self, ready: PollFlags, polled_used: &mut bool) -> Wrote {
         let Some(port) = &self.port else { return Wrote::On(None) };
         if ready.intersects(PollFlags::POLLERR | PollFlags::POLLHUP | PollFlags::POLLNVAL) {
-            return Wrote::NoReader;
+            return self.hang_up();
         }
         if !ready.contains(PollFlags::POLLOUT) || self.pending.is_empty() {
             return Wrote::On(None);
@@ -155,15 +162,30 @@ impl Output {
                 self.close_if_done();
                 Wrote::On(self.window.consumed(count))
             }
-            Err(Errno::EPIPE | Errno::ECONNRESET) => Wrote::NoReader,
+            Err(Errno::EPIPE | Errno::ECONNRESET) => self.hang_up(),
             Err(Errno::EAGAIN | Errno::EINTR) => Wrote::On(None),
             Err(error) => Wrote::Failed(error),
         }
     }
 
+    /// The port takes no more: of a file that is told, it is the end.
+    fn hang_up(&mut self) -> Wrote {
+        match self.port.as_ref().and_then(Port::failure) {
+            Some(error) => Wrote::Failed(error),
+            None if self.finishing => {
+                (self.port, self.finishing) = (None, false);
+                Wrote::On(None)
+            }
+            None => Wrote::NoReader,
+        }
+    }
+
     fn close_if_done(&mut self) {
-        if self.ended && self.pending.is_empty() {
-            self.port = None;
+        if self.ended && self.pending.is_empty() && !self.finishing {
+            self.finishing = self.port.as_ref().is_some_and(Port::finish);
+            if !self.finishing {
+                self.port = None;
+            }
         }
     }
 }

@@ -7,7 +7,7 @@
 //!   From then on it has only to wait for the answer, how the command ended. If it hangs up, the command is ended;
 //! - what runs when a [`service`] is called, or a command line of qrexec's, is the same whoever calls;
 //! - of each command the holder knows whose it is and how it ends (`command`); its streams (`flow`) go through descriptors that never
-//!   block the holder (`port`).
+//!   block the holder (`call_channel::port`).
 //!
 //! And out of it ([`outgoing`]): for each call the holder starts `qrexec-policy-exec`, which asks the policy ([`decide`]), says what it has
 //! decided ([`verdict`]), and becomes what carries the call out ([`carry_out`]). So no text of a guest's is looked at in the holder but by the frame's
@@ -31,13 +31,16 @@ mod command;
 pub mod decide;
 pub mod exchange;
 mod flow;
+pub mod in_dom0;
 pub mod message;
 pub mod outgoing;
-mod port;
 pub mod programs;
+mod rate;
+pub mod ready;
 pub mod reception;
 pub mod requests;
 pub mod service;
+mod supervise;
 pub mod system_log;
 pub mod verdict;
 mod watch;

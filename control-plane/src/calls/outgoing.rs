@@ -4,7 +4,8 @@
 //! Invariants:
 //! - who calls is our own knowledge, the name under which we hold the guest; what the guest says is its target and service, checked by
 //!   the frame's parsing;
-//! - at most [`CALLS_OUT_MAX`] processes at a time, those whose call is over already among them; a call beyond is refused without one;
+//! - at most [`CALLS_OUT_MAX`] processes at a time, those whose call is over already among them; a call beyond is refused without one, and so is one that comes too
+//!   soon ([`Rate`]);
 //! - nothing flows before the call is accepted, and what flows keeps to the windows;
 //! - a call's processes are one group, and end when the guest hangs up, and with us.
 
@@ -15,6 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use call_channel::port::Port;
 use nix::poll::PollFlags;
 use nix::sys::signal::{killpg, Signal};
 use nix::unistd::Pid;
@@ -24,7 +26,7 @@ use rustix::io::FdFlags;
 use rustix::process::{waitid, PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus};
 
 use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
-use super::port::Port;
+use super::rate::{Rate, Turn};
 use super::{programs, verdict};
 use crate::agent_link::AgentLink;
 use crate::session::SessionError;
@@ -53,6 +55,7 @@ pub(super) struct Outgoing {
     caller: Option<(State, String)>,
     calls: BTreeMap<u32, CallOut>,
     refusals: verdict::Refusals,
+    rate: Rate,
 }
 
 /// One of them.
@@ -76,12 +79,18 @@ impl Outgoing {
             caller: Some((state.clone(), name.to_owned())),
             calls: BTreeMap::new(),
             refusals: verdict::Refusals::none(),
+            rate: Rate::new(),
         }
     }
 
     /// Refuses every call.
     pub(super) fn refused() -> Outgoing {
-        Outgoing { caller: None, calls: BTreeMap::new(), refusals: verdict::Refusals::none() }
+        Outgoing {
+            caller: None,
+            calls: BTreeMap::new(),
+            refusals: verdict::Refusals::none(),
+            rate: Rate::new(),
+        }
     }
 
     pub(super) fn count(&self) -> usize {
@@ -131,6 +140,7 @@ impl Outgoing {
             return Err(ProtocolError::Stream { frame: "Call", stream }.into());
         }
         let started = match &self.caller {
+            Some((_, name)) if is_too_often(&mut self.rate, name) => None,
             Some((state, name)) if self.calls.len() < CALLS_OUT_MAX => CallOut::start(state, name, call)
                 .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
                 .ok(),
@@ -359,6 +369,15 @@ impl Drop for Outgoing {
             let _ = call.child.wait();
         }
     }
+}
+
+/// Whether a call comes too soon, which is logged once.
+fn is_too_often(rate: &mut Rate, name: &str) -> bool {
+    let turn = rate.take(Instant::now());
+    if turn == (Turn::TooOften { news: true }) {
+        tracing::warn!("{name} calls too often: what is too much is refused");
+    }
+    turn != Turn::Taken
 }
 
 type Streams = (Port, Port, Port, OwnedFd);

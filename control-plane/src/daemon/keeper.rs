@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use engine::close;
 use engine::host::{Confinement, HostError};
@@ -20,14 +20,18 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::channel::Channel;
-use super::protocol::{Hello, KeeperHears, KeeperSays, LifelineSays, Spare, PROTOCOL};
+use super::protocol::{
+    since_boot_ms, Hello, KeeperHears, KeeperSays, LifelineHears, LifelineSays, Spare, PROTOCOL,
+};
 use crate::agent_link::AgentLink;
 use crate::clones::{Keeping, Lease};
 use crate::error::{Error, Kind, Result};
 use crate::inputs::{self, Guest};
 use crate::machine::{self, Machine};
 use crate::output::error_text;
+use crate::run::noted::Noted;
 use crate::savefiles::{self, Readiness};
+use crate::session::Attended;
 use crate::state::{self, State};
 
 /// How long a spare waits for a daemon after its own has gone: longer than a daemon takes to be started again.
@@ -143,13 +147,18 @@ fn make(state: &State, machine: &dyn Machine, dvm: &str) -> Result<(Clone<AgentL
         generation,
         root_hash,
         inputs,
-        ready_ms: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64,
+        ready_ms: since_boot_ms(),
+        protocol: PROTOCOL,
     };
     Ok((clone, spare, lease))
 }
 
 fn greeting(dvm: &str) -> Hello {
     Hello::Keeper { protocol: PROTOCOL, dvm: dvm.to_owned(), pid: std::process::id() }
+}
+
+fn with_source(error: &HostError) -> String {
+    std::error::Error::source(error).map_or(error.to_string(), |source| format!("{error}: {source}"))
 }
 
 fn make_error(error: LaunchError) -> Error {
@@ -163,7 +172,7 @@ impl Keeper<'_> {
             let go = [
                 ready.signal.then(|| self.heed(signals)),
                 ready.daemon.then(|| self.listen()),
-                ready.lifeline.then_some(Go::End),
+                ready.lifeline.then(|| self.obey()),
                 ready.domain.then(|| self.serve()),
                 self.is_forgotten().then_some(Go::End),
             ];
@@ -239,6 +248,21 @@ impl Keeper<'_> {
         Go::On
     }
 
+    /// Does what the clone's owner asks; its end is the clone's.
+    fn obey(&mut self) -> Go {
+        let Some(lifeline) = &self.lifeline else { return Go::On };
+        let Ok(Some((asked, _))) = lifeline.receive::<LifelineHears>() else { return Go::End };
+        let mut noted = Noted::new(&mut self.clone.domain, &mut self.lease);
+        let done = match asked {
+            LifelineHears::Pause => noted.pause().map(|()| LifelineSays::Paused),
+            LifelineHears::Unpause => noted.unpause().map(|()| LifelineSays::Running),
+        };
+        let says = done.unwrap_or_else(|error| LifelineSays::Refused { reason: with_source(&error) });
+        // One that has gone is heard of at the next turn.
+        let _ = lifeline.send(&says, &[]);
+        Go::On
+    }
+
     fn serve(&mut self) -> Go {
         match self.clone.domain.serve() {
             Ok(()) => Go::On,
@@ -249,9 +273,7 @@ impl Keeper<'_> {
     fn give_up(&self, error: &HostError) -> Go {
         tracing::info!("disp{} cannot go on: {error}", self.spare.number);
         if let Some(lifeline) = self.lifeline.as_ref().filter(|_| self.running) {
-            let source =
-                std::error::Error::source(error).map_or(String::new(), |source| format!(": {source}"));
-            let _ = lifeline.send(&LifelineSays::Failed { reason: format!("{error}{source}") }, &[]);
+            let _ = lifeline.send(&LifelineSays::Failed { reason: with_source(error) }, &[]);
         }
         Go::End
     }

@@ -6,6 +6,7 @@
 //! - a **keeper** ([`keeper`]), one process per clone the daemon had made, owns the clone: its QEMU, its name, its end;
 //! - a **launcher** ([`client`]) gets from the daemon the clone's agent and a *lifeline* to its keeper, and from there on talks to
 //!   nobody else;
+//! - whoever wants one and has no process for it (the Admin API) has a [`holder`] take the launcher's place;
 //! - whoever wants a qube with a record of its own started (`starter`) has its runner ([`crate::run::runner`]) answer.
 //!
 //! Invariants:
@@ -18,6 +19,7 @@
 
 pub mod channel;
 pub mod client;
+pub mod holder;
 pub mod keeper;
 pub mod policy;
 pub mod protocol;

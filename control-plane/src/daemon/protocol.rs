@@ -1,13 +1,16 @@
 //! The words on `dispvmd`'s socket: one JSON object a message, at most [`MESSAGE_BYTES_MAX`]; descriptors travel beside it.
 //!
 //! A connection begins with one [`Hello`]. A caller's is answered by one [`Answer`] and over. A keeper's stays: it says [`KeeperSays`], and
-//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the keeper says [`LifelineSays`].
+//! hears [`KeeperHears`]. Who wants a qube started is handed on to its runner ([`RunnerSays`]). What holds between caller and keeper is the lifeline, on which the
+//! keeper says [`LifelineSays`] and hears [`LifelineHears`].
+
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// The version of what keepers and daemon say to each other. One of another version is not adopted: its clone runs on, its spare ends.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The longest message. The longest there is, a status of many qubes, takes some 200 bytes for each.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
@@ -38,6 +41,11 @@ pub enum Hello {
     Start {
         /// The qube.
         qube: String,
+    },
+    /// A spare is to be somebody's who has no process to hold it. The answer is its holder's: [`HolderSays`].
+    Hold {
+        /// The DVM template.
+        dvm: String,
     },
     /// A keeper is there.
     Keeper {
@@ -83,8 +91,25 @@ pub struct Spare {
     pub root_hash: String,
     /// The hash of what that savefile was built from.
     pub inputs: String,
-    /// Milliseconds since 1970 at which it was ready.
+    /// Milliseconds since the host's boot, suspended ones among them, at which it was ready: no clock that is set makes it older.
     pub ready_ms: u64,
+    /// Its keeper's [`PROTOCOL`]: one from before 2, which does not say it, takes whatever is said on the lifeline for its end.
+    #[serde(default)]
+    pub protocol: u32,
+}
+
+impl Spare {
+    /// How long ago it was ready.
+    pub fn age(&self) -> Duration {
+        Duration::from_millis(since_boot_ms().saturating_sub(self.ready_ms))
+    }
+}
+
+/// CLOCK_BOOTTIME: the same for every process of the host, and nobody can set it.
+pub fn since_boot_ms() -> u64 {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a keeper says to the daemon.
@@ -123,6 +148,25 @@ pub enum LifelineSays {
     },
     /// The clone is gone.
     Gone,
+    /// Its CPUs are stopped, as was asked.
+    Paused,
+    /// They run again, as was asked.
+    Running,
+    /// What was asked cannot be.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a keeper hears from its clone's owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LifelineHears {
+    /// Stop the clone's CPUs.
+    Pause,
+    /// Let them run again.
+    Unpause,
 }
 
 /// What the runner of a qube says to whoever had it started: that it is there, then how it went.
@@ -136,6 +180,24 @@ pub enum RunnerSays {
     /// Another runner has it.
     RunsAlready,
     /// It could not be started.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What the holder of a spare says to whoever wants it: one word.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum HolderSays {
+    /// The spare is a disposable that runs, and takes calls.
+    Holds {
+        /// Its name.
+        name: String,
+    },
+    /// There is none that serves.
+    NoSpare,
+    /// There was one, and it did not wake up.
     Failed {
         /// Why.
         reason: String,

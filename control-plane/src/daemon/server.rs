@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use engine::savefile::RootHash;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
@@ -18,7 +18,7 @@ use nix::sys::wait::{waitpid, WaitPidFlag, WaitStatus};
 
 use super::channel::{Channel, Listener};
 use super::policy::Memory;
-use super::protocol::{Answer, Hello, KeeperHears, KeeperSays, RunnerSays, Spare, PROTOCOL};
+use super::protocol::{Answer, Hello, HolderSays, KeeperHears, KeeperSays, RunnerSays, Spare, PROTOCOL};
 use super::{starter, systemd};
 use crate::clones::{self, Keeping};
 use crate::error::{Error, Kind, Result};
@@ -230,6 +230,7 @@ impl Daemon<'_> {
                 caller.send(&Answer::Noted, &[])
             }
             Hello::Start { qube } => self.start_qube(&caller, &qube),
+            Hello::Hold { dvm } => self.hold_spare(&caller, &dvm),
             Hello::Keeper { protocol, .. } if protocol != PROTOCOL => Ok(()),
             Hello::Keeper { dvm, pid, .. } => {
                 self.keepers.push(Keeper { channel: caller, dvm, pid, phase: Phase::Making });
@@ -247,6 +248,15 @@ impl Daemon<'_> {
             .map_err(io::Error::other)
             .and_then(|()| starter::runner(self.state, qube, caller.as_fd()));
         started.or_else(|error| caller.send(&RunnerSays::Failed { reason: error.to_string() }, &[]))
+    }
+
+    /// Starts the holder of a spare, if there is one; it asks for it as a launch does, and answers the caller itself.
+    fn hold_spare(&self, caller: &Channel, dvm: &str) -> io::Result<()> {
+        if self.oldest_spare(dvm).is_none() {
+            return caller.send(&HolderSays::NoSpare, &[]);
+        }
+        let started = starter::holder(self.state, dvm, caller.as_fd());
+        started.or_else(|error| caller.send(&HolderSays::Failed { reason: error.to_string() }, &[]))
     }
 
     /// Gives the caller a spare, if there is one that is right at this moment. (Also when memory is short: the spare has its own.)
@@ -312,10 +322,7 @@ impl Daemon<'_> {
                     self.keepers.remove(at);
                     return;
                 };
-                let now_ms =
-                    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-                let age = Duration::from_millis(now_ms.saturating_sub(spare.ready_ms));
-                let since = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+                let since = Instant::now().checked_sub(spare.age()).unwrap_or_else(Instant::now);
                 keeper.phase = Phase::Waiting { spare, agent, lifeline, since };
                 if let Some(child) = self.children.get_mut(&(keeper.pid as i32)) {
                     child.ready = true;

@@ -12,7 +12,7 @@ use engine::build::BOOT_LIMIT;
 
 use super::channel::Channel;
 use super::client::is_nobody;
-use super::protocol::{Hello, RunnerSays};
+use super::protocol::{Hello, HolderSays, RunnerSays};
 use crate::clones::{self, Power};
 use crate::error::{Error, Kind, Result};
 use crate::qube::check_name;
@@ -22,6 +22,8 @@ use crate::state::{self, State};
 const START_LIMIT: Duration = Duration::from_secs(BOOT_LIMIT.as_secs() + 120);
 /// A runner says its first word within some milliseconds. A daemon that is stopped, or whose machine is out of breath, is not waited for.
 const WORD_LIMIT: Duration = Duration::from_secs(2);
+/// A spare is up within milliseconds, or given up after 5 s.
+const HOLD_LIMIT: Duration = Duration::from_secs(8);
 /// How often is looked whether a qube that somebody else starts is up.
 const UP_POLL: Duration = Duration::from_millis(20);
 /// A longer log is begun anew at the next start.
@@ -54,6 +56,24 @@ pub fn start(state: &State, name: &str) -> Result<bool> {
         RunnerSays::Failed { reason } => Err(cannot().because(reason)),
         RunnerSays::Up | RunnerSays::Starting => Ok(true),
     }
+}
+
+/// Has a spare of `dvm` become a disposable that runs by itself, if the daemon has one that serves. Answers its name.
+pub fn hold_spare(state: &State, dvm: &str) -> Option<String> {
+    let says = Channel::connect(&state.daemon_socket()).and_then(|daemon| {
+        daemon.send(&Hello::Hold { dvm: dvm.to_owned() }, &[])?;
+        daemon.receive_within::<HolderSays>(HOLD_LIMIT)
+    });
+    match says {
+        Ok(Some((HolderSays::Holds { name }, _))) => return Some(name),
+        Ok(Some((HolderSays::NoSpare, _)) | None) => {}
+        Ok(Some((HolderSays::Failed { reason }, _))) => {
+            tracing::warn!("a spare of {dvm} did not wake up: {reason}");
+        }
+        Err(error) if is_nobody(&error) => {}
+        Err(error) => tracing::warn!("no spare of {dvm}: {error}"),
+    }
+    None
 }
 
 /// The channel to its runner, and the first word on it. An error where the daemon is not there, is stopped, or knows of no such thing.
@@ -99,6 +119,14 @@ pub(super) fn runner(state: &State, name: &str, answer: BorrowedFd<'_>) -> io::R
     let mut command = Command::new("/proc/self/exe");
     command.arg0("dispvmd");
     spawn(command, state, name, answer)
+}
+
+/// Starts the holder of a spare of `dvm`, as [`runner`]. What it has to say goes where what we say goes.
+pub(super) fn holder(state: &State, dvm: &str, answer: BorrowedFd<'_>) -> io::Result<()> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("dispvmd").arg("--root").arg(state.root()).args(["holder", dvm]);
+    command.stdin(answer.try_clone_to_owned()?).stdout(Stdio::null());
+    command.spawn().map(drop)
 }
 
 /// It takes a session of its own, and has the daemon's children's end reaped or is nobody's child any more.

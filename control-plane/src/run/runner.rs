@@ -110,7 +110,7 @@ fn tell(starter: Channel, says: &RunnerSays) {
 }
 
 /// Our standard input, which is nobody's afterwards: the guest's processes shall not hold it.
-fn starter() -> io::Result<Channel> {
+pub(crate) fn starter() -> io::Result<Channel> {
     let starter = io::stdin().as_fd().try_clone_to_owned()?;
     let nothing = File::open("/dev/null")?;
     nix::unistd::dup2(nothing.as_raw_fd(), io::stdin().as_raw_fd())?;

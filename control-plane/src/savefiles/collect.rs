@@ -3,13 +3,16 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::path::PathBuf;
 
 use engine::image::hot::HotImage;
 use engine::savefile::{self, RootHash};
 
 use super::{generations, savefile_error};
+use crate::admin::settings::{Owner, Settings, REVISIONS_TO_KEEP};
 use crate::clones;
 use crate::error::{Error, Result};
+use crate::private;
 use crate::qube::{Class, Qube};
 use crate::state::{self, State};
 use crate::templates;
@@ -23,7 +26,7 @@ pub struct Collected {
     pub hot_images: usize,
     /// Template generations that are neither current nor used.
     pub root_generations: usize,
-    /// Generations of private volumes that are not current, of DVM templates no clone of which lives.
+    /// Generations of private volumes that are neither current nor kept, of DVM templates no clone of which lives.
     pub private_generations: usize,
 }
 
@@ -86,21 +89,33 @@ fn remove_old_savefiles(state: &State, dvm: &str, pinned: Option<u64>) -> Result
     Ok(removed)
 }
 
-/// All but the current one.
+/// All but the current one, and those before it that stay for `admin.vm.volume.Revert`.
 fn remove_old_privates(state: &State, name: &str) -> Result<usize> {
     let _lock = state::lock(&state.qube(name).join("record.lock"))?;
     let Class::AppVM(dvm) = Qube::load(state, name)?.class else { return Ok(0) };
-    let current = state.private_image(name, dvm.private_generation);
+    let earlier = private::earlier(state, name, dvm.private_generation)?;
+    let stay = earlier.iter().rev().take(revisions_to_keep(state, name)).copied();
+    let stay: Vec<PathBuf> = stay
+        .chain([dvm.private_generation])
+        .map(|generation| state.private_image(name, generation))
+        .collect();
     let folder = state.qube(name).join("private");
     let mut removed = 0;
     for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
         let path = entry.map_err(Error::io("list", &folder))?.path();
-        if path != current {
+        if !stay.contains(&path) {
             fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             removed += 1;
         }
     }
     Ok(removed)
+}
+
+/// Settings that cannot be read are no reason to throw away more than usual.
+fn revisions_to_keep(state: &State, name: &str) -> usize {
+    let settings = Settings::load(state, &Owner::Qube(name.to_owned())).unwrap_or_default();
+    let set = settings.volumes.get("private").and_then(|volume| volume.revisions_to_keep);
+    set.unwrap_or(REVISIONS_TO_KEEP) as usize
 }
 
 fn remove_old_roots(state: &State, template: &str, used: &HashSet<(String, u64)>) -> Result<usize> {

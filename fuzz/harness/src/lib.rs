@@ -16,6 +16,7 @@ pub mod policies;
 pub mod qemu;
 pub mod qrexec_stock;
 pub mod records;
+pub mod rpc_service;
 pub mod savefile;
 pub mod sealed;
 pub mod stream;
@@ -64,6 +65,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "call_socket", run: calls::call_socket },
     Target { name: "agent_call", run: calls::agent_call },
     Target { name: "call_line", run: calls::call_line },
+    Target { name: "rpc_service", run: rpc_service::files },
 ];
 
 /// Splits a number off the front of an input; what is missing of it is zero.

@@ -3,7 +3,9 @@
 use std::fmt::Debug;
 
 use control_plane::clones::CloneRecord;
-use control_plane::daemon::protocol::{self, Answer, Hello, KeeperHears, KeeperSays, LifelineSays};
+use control_plane::daemon::protocol::{
+    self, Answer, Hello, KeeperHears, KeeperSays, LifelineHears, LifelineSays,
+};
 use control_plane::qube::{check_label, check_name, Class, Qube};
 use engine::image::hot::HotIndex;
 use engine::savefile::is_volume_name;
@@ -45,6 +47,7 @@ pub fn control_socket(data: &[u8]) {
     same_again::<KeeperSays>(data);
     same_again::<KeeperHears>(data);
     same_again::<LifelineSays>(data);
+    same_again::<LifelineHears>(data);
 }
 
 fn same_again<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) {

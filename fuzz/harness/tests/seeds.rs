@@ -172,6 +172,7 @@ fn write_streams() {
         HostFrame::Warm,
         HostFrame::Freeze,
         HostFrame::Ping(7),
+        HostFrame::ServeCalls,
         HostFrame::Shutdown,
     ];
     let launch = [
@@ -250,10 +251,10 @@ inputs = "77"
         "disp7",
         r#"{"name":"disp7","dvm":"debian-dvm","root_hash":"","template":["debian-12",1],"pid":4711,"keeping":"keeper","started":1700000000}"#,
     );
-    let spare = r#"{"number":7,"machine_id":[1,2,3,4,5,6,71,8,137,10,11,12,13,14,15,16],"host":"qemu","generation":3,"root_hash":"ab","inputs":"cd","ready_ms":1700000000000}"#;
+    let spare = r#"{"number":7,"machine_id":[1,2,3,4,5,6,71,8,137,10,11,12,13,14,15,16],"host":"qemu","generation":3,"root_hash":"ab","inputs":"cd","ready_ms":1700000000000,"protocol":2}"#;
     for (name, message) in [
         ("hello-spare", r#"{"spare":{"dvm":"debian-dvm","settings":"(None, 1)","rebuild":true}}"#.to_owned()),
-        ("hello-keeper", r#"{"keeper":{"protocol":1,"dvm":"debian-dvm","pid":4711}}"#.to_owned()),
+        ("hello-keeper", r#"{"keeper":{"protocol":2,"dvm":"debian-dvm","pid":4711}}"#.to_owned()),
         ("hello-status", r#""status""#.to_owned()),
         ("hears", r#""handed_out""#.to_owned()),
         ("gone", r#""gone""#.to_owned()),
@@ -349,6 +350,22 @@ fn write_policies() {
          @anyvm $anyvm deny\n",
     );
     keep("policy_file", "legacy-include", "\u{1}$include:f\n");
+}
+
+#[test]
+#[ignore = "writes the seeds"]
+fn write_rpc_services() {
+    let config =
+        "# a comment\r\nwait-for-session = 1 # so\nforce-user='root'\nskip-service-descriptor=true\n\
+                  exit-on-client-eof = false\nexit-on-service-eof=true\nother.key = 42";
+    keep("rpc_service", "config", ["\0", config].concat());
+    for (name, text) in [
+        ("both", "/dev/tcp/127.0.0.1/80\0"),
+        ("port", "/dev/tcp/fe80::1%1\080"),
+        ("none", "/dev/tcp\0++1+22"),
+    ] {
+        keep("rpc_service", name, ["\u{1}", text].concat());
+    }
 }
 
 #[test]

@@ -4,32 +4,27 @@
 //! - once a channel is let go, nothing of it is left when its nodes disappear: no grant, no event channel. A guest may be captured then;
 //! - a suspend ends a channel without anyone's doing. The agent is woken by a watch on `domid`, which the guest's kernel registers
 //!   again after each suspend, and compares what it has offered with what the nodes say;
-//! - the files of a channel that a suspend has ended are never closed. Linux (6.1: `drivers/xen/evtchn.c`, and `gntalloc.c` for the byte
-//!   that it clears at the end) looks for the event channel by the port's number, which is nobody's after the suspend (the kernel
-//!   stops with `BUG`) or another driver's (whose channel it closes).
+//! - the files of a channel that a suspend has ended are never closed ([`Link::abandon`] says why).
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 
-use vchan::end::{write_grants, End, Peer, Want};
-use vchan::layout::{Layout, PAGE_BYTES};
-use vchan::shared::Shared;
+use vchan::end::{Peer, Want};
+use vchan::link::{self, Link};
 use vchan::{AGENT_ORDERS, EVENT_CHANNEL, OFFER, REQUEST, RING_REF};
 
 use super::xenbus::{Answer, Request, Xenbus};
 use super::{Heard, SLOTS};
-use crate::sys::{self, xen, PollSlot};
-
-const GNTALLOC: &str = "/dev/xen/gntalloc";
-const EVTCHN: &str = "/dev/xen/evtchn";
+use crate::sys::{self, PollSlot};
 
 /// Tokens of the watches.
 const RESUMED: &str = "resumed";
 const ASKED: &str = "asked";
 /// Nobody but the toolstack writes it, and only before the guest runs.
 const DOMID: &str = "domid";
+
+/// Dom0.
+const HOST: u16 = 0;
 
 /// The port.
 pub struct Vchan {
@@ -41,20 +36,11 @@ pub struct Vchan {
     void: bool,
 }
 
-/// A channel. The order of the fields is that in which it ends: pages are unmapped before their grants are given back.
+/// A channel.
 struct Offer {
-    end: End,
-    /// What keeps the grants.
-    grants: File,
-    bell: Bell,
+    link: Link,
     /// The first page's grant.
     grant: u32,
-}
-
-/// The event channel.
-struct Bell {
-    file: File,
-    port: u32,
 }
 
 impl Vchan {
@@ -74,12 +60,12 @@ impl Vchan {
     pub fn read(&mut self, buffer: &mut [u8]) -> Heard {
         let Some(offer) = self.offer.as_mut().filter(|_| !self.void) else { return Heard::Hangup };
         // Asked first: what it wrote before it went is seen by the read then.
-        let gone = offer.end.peer() == Peer::Gone;
-        match offer.end.read(buffer) {
+        let gone = offer.link.end.peer() == Peer::Gone;
+        match offer.link.end.read(buffer) {
             Ok((0, _)) if gone => Heard::Hangup,
             Ok((0, _)) => Heard::Nothing,
             Ok((count, tell)) => {
-                offer.bell.ring(tell);
+                offer.link.tell(tell);
                 Heard::Bytes(count)
             }
             Err(_) => Heard::Hangup,
@@ -89,10 +75,10 @@ impl Vchan {
     /// Writes what fits.
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(offer) = &mut self.offer else { return Err(ErrorKind::NotConnected.into()) };
-        match offer.end.write(bytes) {
+        match offer.link.end.write(bytes) {
             Ok((0, _)) if !bytes.is_empty() => Err(ErrorKind::WouldBlock.into()),
             Ok((count, tell)) => {
-                offer.bell.ring(tell);
+                offer.link.tell(tell);
                 Ok(count)
             }
             Err(lie) => Err(io::Error::other(lie)),
@@ -111,7 +97,7 @@ impl Vchan {
 
     /// Slots of poll: the event channel, and xenstore.
     pub fn slots(&self) -> [PollSlot; SLOTS] {
-        let bell = self.offer.as_ref().map(|offer| offer.bell.file.as_fd());
+        let bell = self.offer.as_ref().map(|offer| offer.link.as_fd());
         [sys::slot(bell, libc::POLLIN), self.xenbus.slot()]
     }
 
@@ -120,22 +106,25 @@ impl Vchan {
         let Some(offer) = self.offer.as_ref().filter(|_| !self.void && !self.xenbus.has_event()) else {
             return true;
         };
-        let ready = |event, want| events & event != 0 && offer.end.ask(want).unwrap_or(true);
-        ready(libc::POLLIN, Want::Bytes) || ready(libc::POLLOUT, Want::Room) || offer.end.peer() == Peer::Gone
+        let ready = |event, want| events & event != 0 && offer.link.end.ask(want).unwrap_or(true);
+        ready(libc::POLLIN, Want::Bytes)
+            || ready(libc::POLLOUT, Want::Room)
+            || offer.link.end.peer() == Peer::Gone
     }
 
     /// Takes notice of what woke the agent, and tells whether to read.
     pub fn is_heard(&mut self, slots: &[PollSlot], events: i16) -> bool {
         let woken = |at: usize| slots.get(at).is_some_and(|slot| slot.revents != 0);
         if woken(0) {
-            self.offer.iter().for_each(|offer| offer.bell.hear());
+            self.offer.iter().for_each(|offer| offer.link.hear());
         }
         if woken(1) || self.xenbus.has_event() {
             self.void |= self.is_void().unwrap_or(true);
         }
         let Some(offer) = self.offer.as_ref().filter(|_| !self.void) else { return true };
         let listens = events & libc::POLLIN != 0;
-        offer.end.peer() == Peer::Gone || offer.end.readable().map_or(true, |count| listens && count > 0)
+        offer.link.end.peer() == Peer::Gone
+            || offer.link.end.readable().map_or(true, |count| listens && count > 0)
     }
 
     /// Whether xenstore tells of a suspend that has ended the channel.
@@ -156,14 +145,14 @@ impl Vchan {
     }
 
     fn offer(&mut self) -> io::Result<()> {
-        let offer = Offer::make()?;
+        let (link, vchan::link::Offer { grant, port }) = link::serve(HOST, AGENT_ORDERS)?;
         let answers = self.xenbus.ask(&[
-            Request::write(&format!("{OFFER}/{EVENT_CHANNEL}"), &offer.bell.port.to_string()),
-            Request::write(&format!("{OFFER}/{RING_REF}"), &offer.grant.to_string()),
+            Request::write(&format!("{OFFER}/{EVENT_CHANNEL}"), &port.to_string()),
+            Request::write(&format!("{OFFER}/{RING_REF}"), &grant.to_string()),
             Request::read(REQUEST),
         ])?;
         self.served = answers.into_iter().last().flatten();
-        self.offer = Some(offer);
+        self.offer = Some(Offer { link, grant });
         Ok(())
     }
 
@@ -173,63 +162,10 @@ impl Vchan {
         self.void |= !self.stands().unwrap_or(false);
         if let Some(offer) = self.offer.take() {
             match self.void {
-                true => std::mem::forget((offer.grants, offer.bell.file)),
-                false => {
-                    offer.end.hang_up();
-                    offer.bell.ring(true);
-                }
+                true => offer.link.abandon(),
+                false => offer.link.hang_up(),
             }
         }
         self.xenbus.ask(&[Request::rm(OFFER)]).map(drop)
     }
-}
-
-impl Offer {
-    fn make() -> io::Result<Self> {
-        let layout = Layout::new(AGENT_ORDERS).map_err(io::Error::other)?;
-        let (left, right) = (layout.left_pages(), layout.right_pages());
-        let bell = Bell::new()?;
-        let grants = device(GNTALLOC)?;
-        let (at, list) = xen::grant_pages(&grants, 1 + left + right)?;
-        let map = |page: usize, count: usize| {
-            let mapping = xen::map_granted(&grants, at + (page * PAGE_BYTES) as u64, count * PAGE_BYTES);
-            mapping.map(Shared::new)
-        };
-        let page = map(0, 1)?;
-        let (first, rings) = list.split_first().ok_or(ErrorKind::InvalidData)?;
-        let (left_grants, right_grants) = rings.split_at(left);
-        write_grants(&page, &layout, left_grants, right_grants);
-        let end = End::serve(page, Some(map(1, left)?), Some(map(1 + left, right)?), layout);
-        let end = end.map_err(io::Error::other)?;
-        xen::clear_at_end(&grants, at + end.live_at() as u64, bell.port)?;
-        Ok(Self { end, grants, bell, grant: *first })
-    }
-}
-
-impl Bell {
-    fn new() -> io::Result<Self> {
-        let file = device(EVTCHN)?;
-        let port = xen::bind_unbound(&file)?;
-        Ok(Self { file, port })
-    }
-
-    /// Notifies the host, if it wants to be. Without a host nobody hears it.
-    fn ring(&self, tell: bool) {
-        if tell {
-            let _ = xen::notify(self.file.as_fd(), self.port);
-        }
-    }
-
-    /// Takes the events that have come, and lets more come.
-    fn hear(&self) {
-        let mut ports = [0; 64];
-        if let Ok(count) = (&self.file).read(&mut ports) {
-            let _ = (&self.file).write(&ports[..count]);
-        }
-    }
-}
-
-fn device(path: &str) -> io::Result<File> {
-    let options = libc::O_NONBLOCK | libc::O_CLOEXEC;
-    OpenOptions::new().read(true).write(true).custom_flags(options).open(path)
 }

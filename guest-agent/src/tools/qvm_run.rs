@@ -1,7 +1,8 @@
 //! `qvm-run-vm VM COMMAND…`, which R3.2 calls `qvm-run`: runs a command in another qube, or in a disposable that lives as long as it.
 //!
-//! The command is joined by spaces and run by a shell, as Qubes' own does. It goes by `qubes.VMExec`, not, as theirs, as a first line to
-//! `qubes.VMShell`: that line is followed by the command's own stdin, of which only bash leaves the rest untouched.
+//! The command is joined by spaces and goes as a first line to `qubes.VMShell`, in a disposable `qubes.VMShell+WaitForSession`, as that of Qubes' own
+//! does (qubes-rpc/qvm-run-vm 25b304cc, qrun-in-vm 3b0f80e1): behind that line comes the command's own stdin. Beyond theirs, the exit status is
+//! the command's.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -9,13 +10,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use qrexec::service::EXIT_PROBLEM;
-use qrexec::{vmexec, Call};
+use qrexec::Call;
 
 use super::client::{self, Carriage};
 use crate::calls::SOCKET;
 
 const NAME: &str = "qvm-run-vm";
-const EXIT_USAGE: u8 = 2;
+const EXIT_USAGE: u8 = 1;
+const SHELL: &str = "qubes.VMShell";
+/// What a disposable that has just started is asked for.
+const SHELL_OF_A_SESSION: &str = "qubes.VMShell+WaitForSession";
 const USAGE: &str = "\
 usage: qvm-run-vm [options] VM COMMAND [ARGUMENTS]
        qvm-run-vm [options] --dispvm[=TEMPLATE] COMMAND [ARGUMENTS]
@@ -36,6 +40,8 @@ struct Options {
     filter: Option<bool>,
     target: OsString,
     service: String,
+    /// For the shell, before all else.
+    line: Vec<u8>,
 }
 
 /// Runs it.
@@ -48,8 +54,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(EXIT_USAGE);
     };
-    let carriage =
-        Carriage { filter_stdout: options.filter, filter_stderr: options.filter, ..Carriage::default() };
+    let Options { filter, line, .. } = options;
+    let carriage = Carriage { filter_stdout: filter, filter_stderr: filter, prefix: line, local: None };
     match Call::parse(&options.target.into_vec(), options.service.as_bytes()) {
         Ok(call) => ExitCode::from(client::call(NAME, &options.socket, &call, carriage)),
         Err(error) => {
@@ -82,39 +88,89 @@ fn parse(args: Vec<OsString>) -> Option<Options> {
     let target = disposable.or_else(|| words.next())?;
     words.next_if(|word| word == "--");
     let words: Vec<Vec<u8>> = words.map(OsString::into_vec).collect();
-    let service = match (is_service, words.as_slice()) {
+    let (service, line) = match (is_service, words.as_slice()) {
         (_, []) => return None,
-        (true, [service]) => String::from_utf8(service.clone()).ok()?,
+        (true, [service]) => (String::from_utf8(service.clone()).ok()?, Vec::new()),
         (true, _) => return None,
         (false, words) => {
-            format!("qubes.VMExec+{}", vmexec::encode(&[&b"/bin/sh"[..], b"-c", &words.join(&b' ')]))
+            let service = if is_disposable(&target) { SHELL_OF_A_SESSION } else { SHELL };
+            (service.to_owned(), line_of(&words.join(&b' ')))
         }
     };
-    Some(Options { socket, filter, target, service })
+    Some(Options { socket, filter, target, service, line })
+}
+
+fn is_disposable(target: &OsString) -> bool {
+    let keyword = target.as_bytes().strip_prefix(b"@").or_else(|| target.as_bytes().strip_prefix(b"$"));
+    keyword.is_some_and(|keyword| keyword == b"dispvm" || keyword.starts_with(b"dispvm:"))
+}
+
+/// The line that has a shell become the command: bash, as with Qubes, or what there is.
+fn line_of(command: &[u8]) -> Vec<u8> {
+    let mut line = b"exec $(command -v bash || command -v sh) -c '".to_vec();
+    for (at, byte) in command.iter().enumerate() {
+        match byte {
+            b'\'' => line.extend_from_slice(b"'\\''"),
+            // Two of them would be the beginning of a document to who looks at lines alone, as qubes.VMShell does where there is no bash.
+            b'<' if at > 0 && command.get(at - 1) == Some(&b'<') => line.extend_from_slice(b"''<"),
+            byte => line.push(*byte),
+        }
+    }
+    line.extend_from_slice(b"' || exit 127\n");
+    line
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parsed(line: &str) -> Option<(String, String)> {
+    fn parsed(line: &str) -> Option<(String, String, String)> {
         let options = parse(line.split_whitespace().map(OsString::from).collect())?;
-        Some((options.target.into_string().ok()?, options.service))
+        let line = String::from_utf8(options.line).ok()?;
+        Some((options.target.into_string().ok()?, options.service, line))
     }
 
     #[test]
     fn f5_qvm_run_names_target_and_command() {
-        let shell = |command: &str| format!("qubes.VMExec+-2Fbin-2Fsh+--c+{command}");
-        let is = |target: &str, service: String| Some((target.to_owned(), service));
-        assert_eq!(parsed("$dispvm xterm"), is("$dispvm", shell("xterm")));
-        assert_eq!(parsed("work ls -la"), is("work", shell("ls-20--la")));
-        assert_eq!(parsed("--dispvm xterm"), is("@dispvm", shell("xterm")));
-        assert_eq!(parsed("-q --dispvm=deb-dvm -- xterm"), is("@dispvm:deb-dvm", shell("xterm")));
+        let shell =
+            |command: &str| format!("exec $(command -v bash || command -v sh) -c '{command}' || exit 127\n");
+        let is =
+            |target: &str, service: &str, line: String| Some((target.to_owned(), service.to_owned(), line));
+        let fresh = "qubes.VMShell+WaitForSession";
+        assert_eq!(parsed("$dispvm xterm"), is("$dispvm", fresh, shell("xterm")));
+        assert_eq!(parsed("work ls -la"), is("work", "qubes.VMShell", shell("ls -la")));
+        assert_eq!(parsed("work it's <<<x"), is("work", "qubes.VMShell", shell("it'\\''s <''<''<x")));
+        assert_eq!(parsed("--dispvm xterm"), is("@dispvm", fresh, shell("xterm")));
+        assert_eq!(parsed("-q --dispvm=deb-dvm -- xterm"), is("@dispvm:deb-dvm", fresh, shell("xterm")));
         let app = "--dispvm=deb-dvm --service qubes.StartApp+xterm";
-        assert_eq!(parsed(app), is("@dispvm:deb-dvm", "qubes.StartApp+xterm".into()));
-        assert_eq!(parsed("--no-gui --service work qubes.GetDate"), is("work", "qubes.GetDate".into()));
+        assert_eq!(parsed(app), is("@dispvm:deb-dvm", "qubes.StartApp+xterm", String::new()));
+        assert_eq!(
+            parsed("--no-gui --service work qubes.GetDate"),
+            is("work", "qubes.GetDate", String::new())
+        );
         for wrong in ["", "work", "--dispvm", "--service work", "--service work a b", "--nonsense work ls"] {
             assert_eq!(parsed(wrong), None, "{wrong}");
         }
+    }
+
+    /// Whatever is in the command, a shell makes it of the line again.
+    #[test]
+    fn a_shell_understands_the_line() {
+        let command = "printf '%s|' \"$0\" 'a  b' <<x\nit's\nx\ncat";
+        let mut shell = std::process::Command::new("sh")
+            .arg("-c")
+            .arg({
+                String::from_utf8(line_of(command.as_bytes()))
+                    .expect("text")
+                    .replace("$(command -v bash || command -v sh)", "printf")
+                    .replace(" -c ", " %s ")
+            })
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("runs");
+        let mut said = String::new();
+        std::io::Read::read_to_string(shell.stdout.as_mut().expect("piped"), &mut said).expect("reads");
+        shell.wait().expect("ends");
+        assert_eq!(said, command);
     }
 }

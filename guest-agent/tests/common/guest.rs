@@ -64,6 +64,18 @@ impl Guest {
         }
     }
 
+    /// All that the caller still writes.
+    pub fn hear_stdin(&mut self) -> Vec<u8> {
+        let mut heard = Vec::new();
+        loop {
+            match self.host.hear() {
+                GuestFrame::CallStdin { bytes, .. } => heard.extend(bytes),
+                GuestFrame::CallStdinEof { .. } => return heard,
+                other => panic!("unexpected: {other:?}"),
+            }
+        }
+    }
+
     pub fn exit(&mut self, stream: u32, status: u8) {
         self.host.say(HostFrame::CallExited { stream, exit: Exit::Code(status) });
     }

@@ -150,11 +150,10 @@ fn ls_is_sorted_by_a_column_or_by_networks() {
 #[test]
 fn what_cannot_be_is_said_and_nothing_is_asked() {
     let server = server(&[("admin.label.List dom0", "red\n")]);
-    let hint = "volumes' data does not go through this API. Hint: `dispvm-qube add-template NAME --root-image F …` gives a \
+    let hint = "root volumes are not filled through this API. Hint: `dispvm-qube add-template NAME --root-image F …` gives a \
                 TemplateVM its root";
     server.run("qvm-create -C StandaloneVM -l red -r F new").fails(1, &format!("qvm-create: error: {hint}"));
     server.run("qvm-create -l red --root-move-from F new").fails(1, &format!("qvm-create: error: {hint}"));
-    server.run("qvm-volume import --no-resize work:private F").fails(1, &format!("Error: {hint}"));
     for drive in ["--drive hd:dom0:/x", "--cdrom dom0:/x", "--hddisk x:sda", "--install-windows-tools"] {
         server.run(&format!("qvm-start {drive} debian-dvm")).fails(
             1,
@@ -324,6 +323,52 @@ fn create_makes_a_qube_and_sets_its_properties() {
         .run("qvm-create -l pink x")
         .fails(2, "qvm-create: error: no such label: 'pink'; available: 'red', 'blue'");
     server.run("qvm-create --help-classes").is(0, "AppVM\nTemplateVM\n");
+}
+
+/// In the stock client's order.
+#[test]
+fn clone_copies_settings_and_the_volumes_that_are_kept() {
+    let server = server(&[
+        WORK,
+        ("admin.vm.Create.AppVM+debian-13 dom0 name=new label=blue", ""),
+        ("admin.vm.Create.AppVM+debian-13 dom0 name=bad label=blue", ""),
+        (
+            "admin.vm.CreateInPool.DispVM+debian-13 dom0 name=new label=blue pool:private=ram",
+            "!QubesValueError no",
+        ),
+        ("admin.vm.property.Set+netvm new sys-net", ""),
+        ("admin.vm.property.Set+netvm bad sys-net", "!QubesPropertyValueError loops"),
+        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\n"),
+        ("admin.vm.tag.Set+mine new", ""),
+        ("admin.vm.tag.Set+mine bad", ""),
+        ("admin.vm.feature.List work", "gui\n"),
+        ("admin.vm.feature.Get+gui work", "1"),
+        ("admin.vm.feature.Set+gui new 1", ""),
+        ("admin.vm.feature.Set+gui bad 1", ""),
+        ("admin.vm.firewall.Get work", "action=accept\n"),
+        ("admin.vm.firewall.Set new action=accept\n", ""),
+        ("admin.vm.firewall.Set bad action=accept\n", ""),
+        ("admin.vm.volume.List new", "root\nprivate\n"),
+        ("admin.vm.volume.List bad", ""),
+        ("admin.vm.volume.Info+root new", "size=1\nsave_on_stop=False\n"),
+        ("admin.vm.volume.Info+private new", "size=1\nsave_on_stop=True\n"),
+        ("admin.vm.volume.CloneFrom+private work", "t0k3n"),
+        ("admin.vm.volume.CloneTo+private new t0k3n", ""),
+        ("admin.vm.Remove bad", ""),
+    ]);
+    server.run("qvm-clone work new").is(0, "");
+    let asked = server.asked();
+    assert_eq!(asked.last().unwrap(), "admin.vm.volume.CloneTo+private new t0k3n");
+    assert!(
+        !asked.iter().any(|line| line.contains("created-by") || line.contains("+root work")),
+        "{asked:?}"
+    );
+    server.run("qvm-clone work bad").fails(1, "qvm-clone: error: Failed to set netvm property: loops");
+    assert_eq!(server.asked().last().unwrap(), "admin.vm.Remove bad");
+    let told = server.run("qvm-clone --ignore-errors work bad");
+    assert_eq!((told.status, told.err.as_str()), (0, "bad: Failed to set netvm property: loops\n"));
+    server.run("qvm-clone -C DispVM -p private=ram work new").fails(1, "qvm-clone: error: no");
+    server.run("qvm-clone nix new").fails(2, "qvm-clone: error: no such domain: 'nix'");
 }
 
 #[test]

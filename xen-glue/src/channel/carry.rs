@@ -8,8 +8,7 @@ use std::os::unix::net::UnixStream;
 
 use vchan::counters::Lie;
 use vchan::end::{Peer, Want};
-
-use super::link::Link;
+use vchan::link::Link;
 
 /// The most that is taken at once: the guest's whole ring.
 const PIECE_BYTES: usize = 64 << 10;

@@ -12,7 +12,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`offer`] | finding the guest's offer, asking for one, seeing that it is gone |
-//! | [`link`] | the connected vchan, and how one is got from an offer |
+//! | [`link`] | the way from an offer to the connected vchan |
 //! | `carry` | bytes between link and socket |
 //! | `pump` | the thread's life, from the search for an offer to the end |
 

@@ -1,5 +1,6 @@
 //! The guest's offer, as xenstore has it.
 
+use vchan::link::Offer;
 use vchan::{EVENT_CHANNEL, OFFER, REQUEST, RING_REF};
 
 use crate::hypercalls::DomId;
@@ -8,15 +9,6 @@ use crate::xenstore::{Access, Node, Nodes, Perm, Xenstore, XenstoreError};
 /// Tokens of the watches.
 const OFFERED: &str = "offer";
 const RELEASED: &str = "released";
-
-/// What the guest says of its vchan.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Offer {
-    /// The grant of the first page.
-    pub grant: u32,
-    /// The guest's event channel.
-    pub port: u32,
-}
 
 /// The nodes of one guest, watched.
 pub struct Nook {

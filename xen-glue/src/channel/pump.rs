@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use vchan::link::Link;
 
 use super::carry::{Carrier, Going};
-use super::link::{Link, Reach};
+use super::link::Reach;
 use super::offer::{News, Nook};
 use super::{Control, LetGoError, Order, Outcome};
 use crate::hypercalls::DomId;
@@ -135,7 +136,7 @@ impl Pump {
                 break;
             }
             if woken.bell {
-                link.bell.hear();
+                link.hear();
             }
             // Until there are no news: some may have come with the last look's answers.
             while woken.store && self.nook.news()?.domains {

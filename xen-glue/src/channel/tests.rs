@@ -13,11 +13,11 @@ use memmap2::MmapOptions;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vchan::end::{End, Peer};
 use vchan::layout::{at, Layout, PAGE_BYTES};
+use vchan::link::{Bell, Link, Offer};
 use vchan::shared::Shared;
 use vchan::{AGENT_ORDERS, REQUEST};
 
-use super::link::{Bell, Link, Reach};
-use super::offer::Offer;
+use super::link::Reach;
 use super::{Channel, LetGoError};
 use crate::hypercalls::DomId;
 use crate::xenstore::simulated::Simulated;
@@ -126,7 +126,7 @@ impl Reach for Guest {
         let layout = vchan::end::read_layout(&page).map_err(io::Error::other)?;
         let end = End::connect(page, Some(self.map(1, 4)), Some(self.map(5, 16)), layout);
         let bell = TestBell { mine: self.bell.theirs.clone(), theirs: self.bell.mine.clone() };
-        Ok(Link { end: end.map_err(io::Error::other)?, bell: Box::new(bell), keep: None })
+        Ok(Link::over(end.map_err(io::Error::other)?, Box::new(bell)))
     }
 
     fn is_over(&self) -> bool {

@@ -5,8 +5,6 @@
 pub mod buffer;
 mod calls;
 pub mod device_mapper;
-pub mod evtchn;
-pub mod gntdev;
 pub mod loop_device;
 pub mod mapping;
 pub mod privcmd;

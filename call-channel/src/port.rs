@@ -1,8 +1,9 @@
 //! One end of a stream of somebody else's, made so that using it never blocks.
 //!
 //! Invariant: no descriptor that may be shared with others is made non-blocking. A pipe or terminal is opened a second time instead, to have an
-//! open file description of our own; a socket is asked each time not to block. What cannot be opened again is used only when poll says so,
-//! and then for no more than a pipe takes without blocking ([`POLLED_BYTES`]), and by one at a time.
+//! open file description of our own; a socket is asked each time not to block; a file that may hang can be a thread's (`file`). What cannot be
+//! opened again is used only when poll says so, and then for no more than a pipe takes without blocking ([`POLLED_BYTES`]), and by one at a
+//! time.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -10,7 +11,9 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use rustix::fs::{FileType, Mode, OFlags};
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
+
+use super::file;
 
 /// What a pipe that polls writable takes without blocking (PIPE_BUF, pipe(7)).
 const POLLED_BYTES: usize = 4096;
@@ -20,9 +23,9 @@ const POLLED_BYTES: usize = 4096;
 const MEMORY_DEVICES: u32 = 1;
 const TERMINALS: std::ops::RangeInclusive<u32> = 136..=143;
 
-/// See the module.
+/// One end of a stream; see the module.
 #[derive(Debug)]
-pub(super) struct Port {
+pub struct Port {
     fd: OwnedFd,
     kind: Kind,
 }
@@ -32,23 +35,41 @@ enum Kind {
     /// Does not block, or never does for long: our own, or a file.
     Free,
     Socket,
+    /// A thread's socket, which stands for a file.
+    File,
     /// Blocks if others use it between poll and us.
     Polled,
 }
 
 impl Port {
-    /// To read from `fd`.
-    pub(super) fn input(fd: BorrowedFd<'_>) -> io::Result<Port> {
+    /// To read from `fd`. A file is read at once, however long that takes.
+    pub fn input(fd: BorrowedFd<'_>) -> io::Result<Port> {
         Port::of(fd, OFlags::RDONLY)
     }
 
-    /// To write to `fd`.
-    pub(super) fn output(fd: BorrowedFd<'_>) -> io::Result<Port> {
+    /// To write to `fd`. A file is written at once, however long that takes.
+    pub fn output(fd: BorrowedFd<'_>) -> io::Result<Port> {
         Port::of(fd, OFlags::WRONLY)
     }
 
+    /// To read from `fd`, for a loop that others wait for: a file that may hang is left to a thread.
+    pub fn patient_input(fd: BorrowedFd<'_>) -> io::Result<Port> {
+        match file::may_hang(fd)? {
+            true => Port::own(file::reader(fd.try_clone_to_owned()?)?),
+            false => Port::input(fd),
+        }
+    }
+
+    /// To write to `fd`, for a loop that others wait for. Such a loop has to [`Port::finish`], lest it end before the thread has.
+    pub fn patient_output(fd: BorrowedFd<'_>) -> io::Result<Port> {
+        match file::may_hang(fd)? {
+            true => Ok(Port { fd: file::writer(fd.try_clone_to_owned()?)?, kind: Kind::File }),
+            false => Port::output(fd),
+        }
+    }
+
     /// A descriptor that nobody else has.
-    pub(super) fn own(fd: OwnedFd) -> io::Result<Port> {
+    pub fn own(fd: OwnedFd) -> io::Result<Port> {
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         rustix::fs::fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?;
         Ok(Port { fd, kind: Kind::Free })
@@ -73,27 +94,43 @@ impl Port {
     }
 
     /// Whether it may be used only once between two polls, for others may be the same pipe.
-    pub(super) fn is_polled(&self) -> bool {
+    pub fn is_polled(&self) -> bool {
         self.kind == Kind::Polled
     }
 
-    pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
+    /// Reads what there is.
+    pub fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
         match self.kind {
             Kind::Free | Kind::Polled => nix::unistd::read(self.fd.as_raw_fd(), buffer),
-            Kind::Socket => match rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT) {
+            Kind::Socket | Kind::File => match rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT) {
                 Ok((count, _)) => Ok(count),
                 Err(error) => Err(Errno::from_raw(error.raw_os_error())),
             },
         }
     }
 
-    pub(super) fn write(&self, bytes: &[u8]) -> nix::Result<usize> {
+    /// Writes what fits.
+    pub fn write(&self, bytes: &[u8]) -> nix::Result<usize> {
         match self.kind {
             Kind::Free => nix::unistd::write(&self.fd, bytes),
             Kind::Polled => nix::unistd::write(&self.fd, bytes.get(..POLLED_BYTES).unwrap_or(bytes)),
-            Kind::Socket => rustix::net::send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-                .map_err(|error| Errno::from_raw(error.raw_os_error())),
+            Kind::Socket | Kind::File => {
+                rustix::net::send(&self.fd, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+                    .map_err(|error| Errno::from_raw(error.raw_os_error()))
+            }
         }
+    }
+
+    /// Says that nothing more is written. Whether that takes its time: then it hangs up.
+    pub fn finish(&self) -> bool {
+        self.kind == Kind::File && rustix::net::shutdown(&self.fd, Shutdown::Write).is_ok()
+    }
+
+    /// Why one that has hung up takes no more, if it says so.
+    pub fn failure(&self) -> Option<Errno> {
+        let mut number = [0; 4];
+        let told = self.kind == Kind::File && self.read(&mut number) == Ok(number.len());
+        told.then(|| Errno::from_raw(i32::from_ne_bytes(number)))
     }
 }
 

@@ -1,0 +1,88 @@
+//! A program of dom0's that serves a call, and all that it starts: they end with the holder of the guest that called, however that ends.
+//!
+//! The first process of a call is ours and stays: the kernel tells it when the holder has gone (PR_SET_PDEATHSIG), which it can tell nobody's
+//! children. While there is a holder, that ends the call's processes itself, by their group; without one, this does as it would have.
+//!
+//! Invariants: from the program's start on it alone has the call's streams, so their ends are its own; its status is ours.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::resource::{setrlimit, Resource};
+use nix::sys::signal::{killpg, raise, SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::{getpgrp, getpid, getppid, Pid};
+use qrexec::service::EXIT_PROBLEM;
+use rpc_service::relay::take_standard_streams;
+use rustix::process::{pidfd_open, set_parent_process_death_signal, PidfdFlags};
+
+/// How long the program may take to end after SIGTERM, before its group gets SIGKILL.
+const TERM_LIMIT: Duration = Duration::from_secs(5);
+const TOLD: Option<rustix::process::Signal> = Some(rustix::process::Signal::TERM);
+
+/// Runs the program with this process's standard input and output, to its end. A program that cannot be run is an error.
+pub fn run(mut command: Command) -> io::Result<u8> {
+    let holder = getppid();
+    // What the kernel tells too early would end us, and leave the program alone: whether there still is a holder is looked at below.
+    set_parent_process_death_signal(None)?;
+    let (client_in, client_out) = take_standard_streams()?;
+    let child = command.stdin(client_in).stdout(client_out).spawn();
+    // Its copies of the streams.
+    drop(command);
+    let mut child = child?;
+    let mut told = SigSet::empty();
+    told.add(Signal::SIGTERM);
+    // After the start: the program would have inherited it.
+    told.thread_block()?;
+    let signals = SignalFd::with_flags(&told, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    set_parent_process_death_signal(TOLD)?;
+    let ended = pidfd_open(rustix::process::Pid::from_child(&child), PidfdFlags::empty())?;
+    let mut deadline = None;
+    loop {
+        if deadline.is_none() && getppid() != holder {
+            deadline = Some(Instant::now() + TERM_LIMIT);
+            signal(&child, Signal::SIGTERM);
+        }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
+        });
+        let mut fds = [ended.as_fd(), signals.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        let _ = poll(&mut fds, timeout);
+        let status = child.try_wait()?;
+        if deadline.is_some() && (status.is_some() || left == Some(Duration::ZERO)) {
+            // Us too, where we are the first of the group.
+            signal(&child, Signal::SIGKILL);
+        }
+        if let Some(status) = status {
+            return Ok(status_of(status));
+        }
+        // Whoever sent it: what follows depends on whether there is a holder.
+        signals.read_signal()?;
+    }
+}
+
+fn signal(child: &Child, signal: Signal) {
+    let group = getpgrp();
+    let _ = match i32::try_from(child.id()) {
+        // A group that is not the call's may have anybody in it.
+        Ok(child) if group != getpid() => nix::sys::signal::kill(Pid::from_raw(child), signal),
+        _ => killpg(group, signal),
+    };
+}
+
+/// The program's status, which is ours; where a signal ended it, that ends us as well.
+fn status_of(status: ExitStatus) -> u8 {
+    if let Some(signal) = status.signal().and_then(|signal| Signal::try_from(signal).ok()) {
+        // The core would be ours, of which nobody learns anything.
+        let _ = setrlimit(Resource::RLIMIT_CORE, 0, 0);
+        let _ = SigSet::all().thread_unblock();
+        let _ = raise(signal);
+    }
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(EXIT_PROBLEM)
+}
