@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
-use qrexec::{Decoder, GuestFrame, Hello, HostFrame, Op, ProtocolError, PROTOCOL};
+use qrexec::{kind, Decoder, GuestFrame, Hello, HostFrame, Op, Piece, ProtocolError, PROTOCOL};
 
 use crate::calls::Calls;
 use crate::cgroup::Freezer;
@@ -27,13 +27,13 @@ use crate::failure::{Failure, Step};
 use crate::identity::Kit;
 use crate::outbox::{Outbox, FULL};
 use crate::place::Place;
-use crate::port::{Heard, Port, SLOTS};
+use crate::port::{Port, SLOTS};
 use crate::power;
 use crate::stock::site::XenSite;
 use crate::stock::Stock;
 use crate::sys::{self, PollSlot};
 
-/// Bytes read at once.
+/// Bytes taken from the port before others have their turn.
 const READ_BYTES: usize = 64 << 10;
 
 /// The agent.
@@ -155,24 +155,36 @@ impl Agent {
         Some(u32::try_from(left.as_millis()).unwrap_or(u32::MAX))
     }
 
-    /// Reads once and handles what came. `false`: the host is gone.
+    /// Reads what there is, within the buffer, and handles it. `false`: the host is gone.
     fn listen(&mut self) -> bool {
         let mut buffer = std::mem::take(&mut self.buffer);
-        let heard = self.port.read(&mut buffer);
-        if let Heard::Bytes(count) = heard {
-            if let Err(error) = self.handle_bytes(&buffer[..count]) {
-                self.protest(error);
-            }
+        let (count, there) = self.port.fill(&mut buffer);
+        if let Err(error) = self.handle_bytes(&buffer[..count]) {
+            self.protest(error);
         }
         self.buffer = buffer;
-        heard != Heard::Hangup
+        there
     }
 
     fn handle_bytes(&mut self, mut input: &[u8]) -> Result<(), ProtocolError> {
-        while let Some(raw) = self.decoder.next(&mut input)? {
-            self.handle(HostFrame::parse(raw)?)?;
+        loop {
+            if let Some(piece) = self.decoder.next_piece(&mut input)? {
+                self.hand_on(piece)?;
+            } else if let Some(raw) = self.decoder.next(&mut input)? {
+                self.handle(HostFrame::parse(raw)?)?;
+            } else {
+                return Ok(());
+            }
         }
-        Ok(())
+    }
+
+    /// Bytes for a pipe, straight from where they were read.
+    fn hand_on(&mut self, piece: Piece<'_>) -> Result<(), ProtocolError> {
+        let Piece { kind, stream, bytes } = piece;
+        match kind {
+            kind::STDIN => self.commands.stdin(stream, bytes, &mut self.outbox),
+            _ => self.calls.output(stream, kind, bytes, &mut self.outbox),
+        }
     }
 
     fn handle(&mut self, frame: HostFrame) -> Result<(), ProtocolError> {

@@ -29,11 +29,6 @@ impl Commands {
     ) -> Result<(), ProtocolError> {
         match frame {
             HostFrame::Exec { stream, exec } => return self.start(stream, *exec, place, None, outbox),
-            HostFrame::Stdin { stream, bytes } => {
-                if let Some(command) = self.find(stream) {
-                    command.stdin(&bytes, outbox)?;
-                }
-            }
             HostFrame::StdinEof { stream } => self.find(stream).into_iter().for_each(Command::stdin_eof),
             HostFrame::StdoutCredit { stream, bytes } => {
                 self.find(stream).map_or(Ok(()), |command| command.stdout_credit(bytes))?;
@@ -47,6 +42,11 @@ impl Commands {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Bytes for a command's stdin.
+    pub fn stdin(&mut self, stream: u32, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
+        self.find(stream).map_or(Ok(()), |command| command.stdin(bytes, outbox))
     }
 
     /// Starts a command; what keeps it from starting is told on its stream.

@@ -128,12 +128,9 @@ impl Errand {
                 &mut self.outbox,
             ),
         };
-        let bytes = act.stdin.to_vec();
+        let stdin = act.stdin;
         started
-            .and_then(|()| match bytes.is_empty() {
-                true => Ok(()),
-                false => say(&mut self.commands, HostFrame::Stdin { stream, bytes }, place, &mut self.outbox),
-            })
+            .and_then(|()| self.commands.stdin(stream, stdin, &mut self.outbox))
             .and_then(|()| say(&mut self.commands, HostFrame::StdinEof { stream }, place, &mut self.outbox))
             .map_err(broken)
     }

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
-use qrexec::{GuestFrame, RawFrame, PAYLOAD_BYTES_MAX};
+use qrexec::{GuestFrame, RawFrame, HEADER_BYTES, PAYLOAD_BYTES_MAX};
 
 /// Bytes beyond which no more output of commands is taken in: two frames keep any port busy.
 pub const ROOM: usize = 2 * PAYLOAD_BYTES_MAX;
@@ -16,9 +16,12 @@ pub const FULL: usize = 1 << 20;
 
 /// A bounded queue of bytes.
 pub struct Outbox {
+    /// Longer than what waits, so that a pipe can be read right into it; never shortened, for making it longer again would zero it.
     bytes: Vec<u8>,
     written: usize,
-    scratch: Vec<u8>,
+    /// What waits ends there.
+    end: usize,
+    frame: Vec<u8>,
 }
 
 /// What reading a pipe gave.
@@ -34,42 +37,49 @@ pub enum Taken {
 
 impl Default for Outbox {
     fn default() -> Self {
-        Self { bytes: Vec::new(), written: 0, scratch: vec![0; PAYLOAD_BYTES_MAX] }
+        let bytes = vec![0; ROOM + HEADER_BYTES + PAYLOAD_BYTES_MAX];
+        Self { bytes, written: 0, end: 0, frame: Vec::new() }
     }
 }
 
 impl Outbox {
     /// Appends a frame.
     pub fn push(&mut self, frame: &GuestFrame) {
-        frame.encode(&mut self.bytes);
+        self.frame.clear();
+        frame.encode(&mut self.frame);
+        let end = self.end + self.frame.len();
+        self.make_room(end);
+        self.bytes[self.end..end].copy_from_slice(&self.frame);
+        self.end = end;
     }
 
     /// Bytes that wait.
     pub fn waiting(&self) -> usize {
-        self.bytes.len() - self.written
+        self.end - self.written
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.bytes.clear();
-        self.written = 0;
+        (self.written, self.end) = (0, 0);
     }
 
     /// Takes everything that waits, for a reader inside the agent.
     pub fn drain(&mut self) -> Vec<u8> {
-        let mut bytes = std::mem::take(&mut self.bytes);
-        bytes.drain(..std::mem::take(&mut self.written));
+        let bytes = self.bytes[self.written..self.end].to_vec();
+        self.clear();
         bytes
     }
 
     /// Reads a pipe once, at most `limit` bytes, and appends what came as one frame.
     pub fn take_from(&mut self, pipe: BorrowedFd<'_>, kind: u16, stream: u32, limit: usize) -> Taken {
-        let limit = limit.min(self.scratch.len());
-        match nix::unistd::read(pipe.as_raw_fd(), &mut self.scratch[..limit]) {
+        let limit = limit.min(PAYLOAD_BYTES_MAX);
+        let payload = self.end + HEADER_BYTES;
+        self.make_room(payload + limit);
+        match nix::unistd::read(pipe.as_raw_fd(), &mut self.bytes[payload..payload + limit]) {
             Ok(0) => Taken::Eof,
             Ok(count) => {
-                self.bytes.extend_from_slice(&RawFrame::header(kind, stream, count));
-                self.bytes.extend_from_slice(&self.scratch[..count]);
+                self.bytes[self.end..payload].copy_from_slice(&RawFrame::header(kind, stream, count));
+                self.end = payload + count;
                 Taken::Bytes(count)
             }
             Err(Errno::EAGAIN | Errno::EINTR) => Taken::Nothing,
@@ -77,10 +87,16 @@ impl Outbox {
         }
     }
 
+    fn make_room(&mut self, end: usize) {
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+    }
+
     /// Writes as much as the port takes now.
     pub fn flush(&mut self, mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<()> {
         while self.waiting() > 0 {
-            match write(&self.bytes[self.written..]) {
+            match write(&self.bytes[self.written..self.end]) {
                 Ok(count) => self.written += count,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -90,7 +106,8 @@ impl Outbox {
         if self.waiting() == 0 {
             self.clear();
         } else if self.written >= ROOM {
-            self.bytes.drain(..std::mem::take(&mut self.written));
+            self.bytes.copy_within(self.written..self.end, 0);
+            (self.written, self.end) = (0, self.waiting());
         }
         Ok(())
     }

@@ -16,6 +16,17 @@ pub struct Decoder {
     broken: Option<ProtocolError>,
 }
 
+/// Bytes of a stream: a data frame's, or a part of them. The stream is a command's or a call's, as the kind wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece<'a> {
+    /// Of [`kind`](crate::kind), one that carries data.
+    pub kind: u16,
+    /// The command or call.
+    pub stream: u32,
+    /// At most [`PAYLOAD_BYTES_MAX`](crate::PAYLOAD_BYTES_MAX).
+    pub bytes: &'a [u8],
+}
+
 impl Decoder {
     /// A decoder at a frame's boundary.
     pub fn new() -> Self {
@@ -49,6 +60,26 @@ impl Decoder {
             stream: header.stream,
             payload: std::mem::take(&mut self.payload),
         }))
+    }
+
+    /// Takes bytes off the front of `input` if they are of a data frame of the host's, as many as have come of it: who hands them on need not wait for the
+    /// rest, nor copy them. `None`: what comes next is for [`next`](Self::next).
+    pub fn next_piece<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, ProtocolError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        let Some(header) = self.take_header(input)? else { return Ok(None) };
+        let Some((frame, streams)) = header.host_data().filter(|_| self.payload.is_empty()) else {
+            return Ok(None);
+        };
+        streams.check(frame, header.stream)?;
+        let bytes = take(input, header.length);
+        if bytes.is_empty() && header.length > 0 {
+            return Ok(None);
+        }
+        let left = header.length - bytes.len();
+        self.current = (left > 0).then_some(Header { length: left, ..header });
+        Ok(Some(Piece { kind: header.kind, stream: header.stream, bytes }))
     }
 
     /// Whether the bytes so far end with a whole frame.

@@ -106,6 +106,16 @@ impl Header {
             length: length as usize,
         })
     }
+
+    /// The name and the streams of a frame of the host's that carries bytes for a pipe.
+    pub fn host_data(&self) -> Option<(&'static str, Streams)> {
+        match self.kind {
+            kind::STDIN => Some(("Stdin", Streams::Command)),
+            kind::CALL_STDOUT => Some(("CallStdout", Streams::Call)),
+            kind::CALL_STDERR => Some(("CallStderr", Streams::Call)),
+            _ => None,
+        }
+    }
 }
 
 /// Appends one frame. The caller keeps `payload` within its limit.

@@ -34,7 +34,7 @@ pub mod vmexec;
 mod window;
 
 pub use call::{Call, CALL_STREAM};
-pub use decoder::Decoder;
+pub use decoder::{Decoder, Piece};
 pub use error::ProtocolError;
 pub use exec::{Exec, User, ARGV_COUNT_MAX, ENV_COUNT_MAX};
 pub use exit::Exit;

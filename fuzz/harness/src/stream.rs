@@ -1,8 +1,8 @@
 //! The stream between host and agent, in either direction. Input: a seed u16 for how it is cut into pieces, then the stream.
 
 use qrexec::{
-    Decoder, GuestFrame, HostFrame, ProtocolError, RawFrame, ReceiveWindow, SendWindow, HEADER_BYTES,
-    PAYLOAD_BYTES_MAX, WINDOW_MAX,
+    kind, Decoder, GuestFrame, HostFrame, Piece, ProtocolError, RawFrame, ReceiveWindow, SendWindow,
+    HEADER_BYTES, PAYLOAD_BYTES_MAX, WINDOW_MAX,
 };
 
 use crate::take;
@@ -57,7 +57,8 @@ fn frames(mut data: &[u8]) -> Vec<RawFrame> {
         rest = left;
     }
     let (whole, error) = decode(&[data]);
-    assert_eq!(decode(&pieces), (whole.clone(), error), "the pieces make a difference");
+    assert_eq!(decode(&pieces), (whole.clone(), error.clone()), "the pieces make a difference");
+    assert_handed_on(&pieces, &whole, error.as_ref());
     let carried: usize = whole.iter().map(|frame| HEADER_BYTES + frame.payload.len()).sum();
     assert!(carried <= data.len());
     whole
@@ -81,6 +82,47 @@ fn decode(pieces: &[&[u8]]) -> (Vec<RawFrame>, Option<ProtocolError>) {
         }
     }
     (frames, None)
+}
+
+/// Data that is handed on as it comes is the same data, up to the first frame that is on the wrong stream.
+fn assert_handed_on(pieces: &[&[u8]], whole: &[RawFrame], error: Option<&ProtocolError>) {
+    let mut decoder = Decoder::new();
+    let mut expected = Vec::new();
+    whole.iter().for_each(|frame| expected.extend(data_or_frame(frame.kind, frame.stream, &frame.payload)));
+    let mut heard = Vec::new();
+    for piece in pieces {
+        let mut input = *piece;
+        loop {
+            match decoder.next_piece(&mut input) {
+                Ok(Some(Piece { kind, stream, bytes })) => heard.extend(data_or_frame(kind, stream, bytes)),
+                Ok(None) => match decoder.next(&mut input) {
+                    Ok(Some(frame)) => heard.extend(data_or_frame(frame.kind, frame.stream, &frame.payload)),
+                    Ok(None) => break assert!(input.is_empty()),
+                    Err(ended) => {
+                        assert_eq!(Some(&ended), error);
+                        return assert!(heard.starts_with(&expected));
+                    }
+                },
+                Err(ProtocolError::Stream { .. }) => return assert!(expected.starts_with(&heard)),
+                Err(ended) => {
+                    assert_eq!(Some(&ended), error);
+                    return assert!(heard.starts_with(&expected));
+                }
+            }
+        }
+    }
+    // The rest of a frame that has not come whole.
+    assert!(heard.starts_with(&expected));
+}
+
+/// Each byte of data with where it goes; of another frame, all at once.
+fn data_or_frame(kind: u16, stream: u32, bytes: &[u8]) -> Vec<(u16, u32, Vec<u8>)> {
+    match kind {
+        kind::STDIN | kind::CALL_STDOUT | kind::CALL_STDERR => {
+            bytes.iter().map(|byte| (kind, stream, vec![*byte])).collect()
+        }
+        _ => vec![(kind, stream, bytes.to_vec())],
+    }
 }
 
 /// A hostile guest's credits and bytes leave the windows within their limits.

@@ -28,6 +28,8 @@ pub struct Call {
     state: State,
 }
 
+const NOT_NOW: ProtocolError = ProtocolError::Malformed { frame: "Call…", what: "not now" };
+
 enum State {
     /// The program has not said what it wants.
     Silent,
@@ -116,12 +118,20 @@ impl Call {
                 self.end(exit.status());
             }
             (frame, State::Accepted(flow)) => {
-                let stream = self.stream.unwrap_or_default();
-                flow.handle(frame, stream, outbox)?;
+                flow.handle(frame)?;
             }
-            _ => return Err(ProtocolError::Malformed { frame: "Call…", what: "not now" }),
+            _ => return Err(NOT_NOW),
         }
         Ok(())
+    }
+
+    /// Bytes that the service has written.
+    pub fn output(&mut self, kind: u16, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
+        match (&mut self.state, self.stream) {
+            (State::Over, _) => Ok(()), // Under way when the program hung up.
+            (State::Accepted(flow), Some(stream)) => flow.output(kind, bytes, stream, outbox),
+            _ => Err(NOT_NOW),
+        }
     }
 
     /// The program is gone, or is to be: the host gets to know.
@@ -226,16 +236,28 @@ impl Flow {
         })
     }
 
-    fn handle(&mut self, frame: HostFrame, stream: u32, outbox: &mut Outbox) -> Result<(), ProtocolError> {
-        match frame {
-            HostFrame::CallStdout { bytes, .. } => {
-                let news = self.stdout.receive("CallStdout", &bytes)?;
+    fn output(
+        &mut self,
+        kind: u16,
+        bytes: &[u8],
+        stream: u32,
+        outbox: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        match kind {
+            kind::CALL_STDOUT => {
+                let news = self.stdout.receive("CallStdout", bytes)?;
                 credit_stdout(stream, news, outbox);
             }
-            HostFrame::CallStderr { bytes, .. } => {
-                let news = self.stderr.receive("CallStderr", &bytes)?;
+            _ => {
+                let news = self.stderr.receive("CallStderr", bytes)?;
                 credit_stderr(stream, news, outbox);
             }
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, frame: HostFrame) -> Result<(), ProtocolError> {
+        match frame {
             HostFrame::CallStdoutEof { .. } => self.stdout.end(),
             HostFrame::CallStderrEof { .. } => self.stderr.end(),
             HostFrame::CallStdinCredit { bytes, .. } => self.stdin.credit(bytes)?,

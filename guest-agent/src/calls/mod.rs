@@ -61,14 +61,27 @@ impl Calls {
         frame: HostFrame,
         outbox: &mut Outbox,
     ) -> Result<(), ProtocolError> {
-        let Some(at) = self.calls.iter().position(|call| call.stream() == Some(stream)) else {
-            return Ok(());
-        };
+        let Some(at) = self.find(stream) else { return Ok(()) };
         self.calls[at].handle(frame, outbox)?;
         if self.calls[at].is_over() {
             self.calls.remove(at);
         }
         Ok(())
+    }
+
+    /// Bytes of the service's stdout or stderr.
+    pub fn output(
+        &mut self,
+        stream: u32,
+        kind: u16,
+        bytes: &[u8],
+        outbox: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        self.find(stream).map_or(Ok(()), |at| self.calls[at].output(kind, bytes, outbox))
+    }
+
+    fn find(&self, stream: u32) -> Option<usize> {
+        self.calls.iter().position(|call| call.stream() == Some(stream))
     }
 
     /// Ends all of them, as before a capture: the host is told, and whoever waits at the socket is sent away.

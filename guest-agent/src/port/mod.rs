@@ -17,6 +17,8 @@ use crate::sys::{self, PollSlot};
 use stream::Stream;
 use vchan::Vchan;
 
+const PAGE_BYTES: usize = 4096;
+
 /// Slots of poll that a port has.
 pub const SLOTS: usize = 2;
 
@@ -78,12 +80,26 @@ impl Port {
         Self::Stream(Stream::over_socket(socket))
     }
 
-    /// Reads once.
-    pub fn read(&mut self, buffer: &mut [u8]) -> Heard {
-        match self {
-            Self::Stream(stream) => stream.read(buffer),
-            Self::Vchan(vchan) => vchan.read(buffer),
+    /// Fills the buffer with what there is: so many bytes, and whether the host is still there. A virtio port gives no more than a page at
+    /// a time, and a poll for each would cost as much again; after less than a page there was no more.
+    pub fn fill(&mut self, buffer: &mut [u8]) -> (usize, bool) {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            let rest = &mut buffer[filled..];
+            let heard = match self {
+                Self::Stream(stream) => stream.read(rest),
+                Self::Vchan(vchan) => vchan.read(rest),
+            };
+            match heard {
+                Heard::Bytes(count) => filled += count,
+                Heard::Nothing => break,
+                Heard::Hangup => return (filled, false),
+            }
+            if filled % PAGE_BYTES != 0 {
+                break;
+            }
         }
+        (filled, true)
     }
 
     /// Writes once.
