@@ -6,8 +6,7 @@
 //! - Dom0's end may say anything and go at any time: it ends its own calls, never the agent. What it can have started is bounded by
 //!   [`STREAMS_MAX`], all commands counted, and each call holds two pieces of bytes.
 //! - When dom0's end of the control channel goes, all calls end, and the channel is offered anew at once.
-//! - The end that asked for a call serves its vchan. Where dom0 has served one for a call of ours, it is connected to instead: a dom0 that grants
-//!   pages gladly need not be granted any.
+//! - The end that asked for a call serves its vchan.
 //!
 //! | module | what is in it |
 //! |---|---|
@@ -248,11 +247,8 @@ impl<S: Site> Stock<S> {
     fn connect(&mut self, endpoint: Endpoint, request: &RequestId) -> bool {
         let Some(call) = self.calls.iter_mut().find(|call| call.has_asked(request)) else { return false };
         let Some(site) = &mut self.site else { return false };
-        let link = match site.connect(endpoint) {
-            Some(link) => Ok(link),
-            None => site.serve(endpoint),
-        };
-        let connected = link
+        let connected = site
+            .serve(endpoint)
             .map_err(|error| format!("no channel to the other end: {error}"))
             .and_then(|link| call.connect(endpoint, link).map_err(|failure| failure.to_string()));
         if let Err(problem) = connected {

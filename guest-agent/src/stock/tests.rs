@@ -348,7 +348,7 @@ fn a_caller_that_goes_ends_its_command() {
 }
 
 #[test]
-fn a_programs_call_goes_to_dom0_whichever_end_serves() {
+fn a_programs_call_goes_to_dom0_which_connects_to_what_it_serves() {
     let lab = Lab::new();
     let mut dom0 = lab.dom0();
     // Dom0's Hello is heard with the first message that follows it, at the latest.
@@ -356,37 +356,31 @@ fn a_programs_call_goes_to_dom0_whichever_end_serves() {
     dom0.exec(513, "root:true");
     assert_eq!(call(channel, b"").2.expect("ends"), 0);
     assert_eq!(dom0.terminated(), 513);
-    for by_dom0 in [false, true] {
-        let program = lab.program(b"dom0\0test.Who+x\0");
-        let FromAgent::Trigger(trigger) = dom0.hear() else { panic!("no call") };
-        assert_eq!(
-            (trigger.target.as_slice(), trigger.service.as_slice()),
-            (&b"dom0"[..], &b"test.Who+x"[..])
-        );
-        let port = 530 + u32::from(by_dom0);
-        let published = by_dom0.then(|| lab.publish(port));
-        dom0.say(&ToAgent::ServiceConnect(at(port), trigger.request));
-        let channel = published.unwrap_or_else(|| lab.served(port));
-        let service = thread::spawn(move || {
-            let start = || {
-                let mut command = std::process::Command::new("sh");
-                let piped = std::process::Stdio::piped;
-                command.args(["-c", "cat; exit 6"]).stdin(piped()).stdout(piped());
-                Ok(Running::of(command.spawn().expect("sh")).expect("runs"))
-            };
-            run_service(channel, start, Watch::default())
-        });
-        let (answer, fds) = Answer::receive(&program).expect("reads").expect("answers");
-        assert_eq!(answer, Answer::Accepted);
-        let [to, from, _complaints]: [OwnedFd; 3] = fds.try_into().expect("three");
-        File::from(to).write_all(b"said").expect("writes");
-        let mut heard = Vec::new();
-        File::from(from).read_to_end(&mut heard).expect("reads");
-        assert_eq!(heard, b"said");
-        let (answer, _) = Answer::receive(&program).expect("reads").expect("answers");
-        assert_eq!((answer, service.join().expect("ends").expect("over")), (Answer::Exited(6), 6));
-        assert_eq!(dom0.terminated(), port);
-    }
+    let program = lab.program(b"dom0\0test.Who+x\0");
+    let FromAgent::Trigger(trigger) = dom0.hear() else { panic!("no call") };
+    assert_eq!((trigger.target.as_slice(), trigger.service.as_slice()), (&b"dom0"[..], &b"test.Who+x"[..]));
+    let port = 530;
+    dom0.say(&ToAgent::ServiceConnect(at(port), trigger.request));
+    let channel = lab.served(port);
+    let service = thread::spawn(move || {
+        let start = || {
+            let mut command = std::process::Command::new("sh");
+            let piped = std::process::Stdio::piped;
+            command.args(["-c", "cat; exit 6"]).stdin(piped()).stdout(piped());
+            Ok(Running::of(command.spawn().expect("sh")).expect("runs"))
+        };
+        run_service(channel, start, Watch::default())
+    });
+    let (answer, fds) = Answer::receive(&program).expect("reads").expect("answers");
+    assert_eq!(answer, Answer::Accepted);
+    let [to, from, _complaints]: [OwnedFd; 3] = fds.try_into().expect("three");
+    File::from(to).write_all(b"said").expect("writes");
+    let mut heard = Vec::new();
+    File::from(from).read_to_end(&mut heard).expect("reads");
+    assert_eq!(heard, b"said");
+    let (answer, _) = Answer::receive(&program).expect("reads").expect("answers");
+    assert_eq!((answer, service.join().expect("ends").expect("over")), (Answer::Exited(6), 6));
+    assert_eq!(dom0.terminated(), port);
 }
 
 #[test]
