@@ -147,6 +147,7 @@ impl Call {
     pub fn dismiss(&mut self, answer: &Answer) {
         self.state = State::Over;
         if let Some(client) = self.client.take() {
+            message::hear_no_more(&client);
             let _ = answer.send(client, &[]);
         }
     }

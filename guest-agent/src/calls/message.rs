@@ -90,6 +90,13 @@ impl Answer {
     }
 }
 
+/// Takes what a program has said unheard, and lets it say no more: of a socket that is closed with something unread in it, the kernel (6.18) tells the
+/// other end that, in place of the answer.
+pub fn hear_no_more(socket: impl AsFd) {
+    let _ = net::shutdown(&socket, net::Shutdown::Read);
+    while net::recv(&socket, &mut [0; 1][..], RecvFlags::DONTWAIT).is_ok_and(|(count, _)| count > 0) {}
+}
+
 /// What a program said; `None`: nothing yet. An error: it has hung up. Descriptors it may have sent along, the kernel drops. A message
 /// that is too long is cut, and then no call: two texts in their limits take up less.
 pub fn hear(socket: impl AsFd) -> io::Result<Option<Vec<u8>>> {
