@@ -16,8 +16,10 @@ for service in admin.vm.volume.Import 'admin.vm.volume.ImportWithSize --with-siz
     read -r name option <<< "$service"
     to=$root/etc/qubes-rpc/$name
     [[ -e $to ]] && continue
-    printf '#!/bin/sh\nexec %s/bin/dispvmd import %s -- "$QREXEC_REQUESTED_TARGET" "$1"\n' "$prefix" "$option" > "$to"
-    chmod 755 "$to"
+    # Under its name only when it is whole: one that is there is never touched again.
+    printf '#!/bin/sh\nexec %s/bin/dispvmd import %s -- "$QREXEC_REQUESTED_TARGET" "$1"\n' "$prefix" "$option" > "$to.new"
+    chmod 755 "$to.new"
+    mv "$to.new" "$to"
 done
 for name in qrexec-client qfile-daemon-dvm; do
     to=$root/usr/lib/qubes/$name

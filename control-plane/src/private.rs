@@ -33,6 +33,9 @@ pub fn mib_for(bytes: u64) -> Result<u64> {
 /// Grows it to at least so many bytes. Its file system is the guest's, which grows it.
 pub fn grow(state: &State, name: &str, bytes: u64) -> Result<()> {
     let mib = mib_for(bytes)?;
+    if mib == app(Qube::load(state, name)?)?.private_mib {
+        return Ok(());
+    }
     next(state, name, |dvm, to| {
         if mib < dvm.private_mib {
             let why =
@@ -63,7 +66,7 @@ fn link(state: &State, name: &str, from: &Path) -> Result<()> {
         let bytes = fs::metadata(from).map_err(Error::io("look at", from))?.len();
         // One may be left of an attempt cut short.
         let _ = fs::remove_file(to);
-        link_immutable(from, to)?;
+        link_immutable(from, to).inspect_err(|_| drop(fs::remove_file(to)))?;
         Ok(bytes / MIB)
     })
 }

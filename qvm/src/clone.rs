@@ -1,7 +1,8 @@
 //! `qvm-clone`: a qube like another, with its properties, tags, features, firewall and volumes.
 //!
-//! Calls and their order as in QubesOS/qubes-core-admin-client, `qubesadmin/app.py` (clone_vm). Menus, which that has made anew by
-//! `qvm-appmenus`, are not.
+//! Calls as in QubesOS/qubes-core-admin-client, `qubesadmin/app.py` (clone_vm), but in the other order: what a clone that is cut short has is not
+//! open to more than its original, and nothing is made from it before its volumes are there. Menus, which that has made anew by `qvm-appmenus`,
+//! are not.
 
 use admin_api::lines::{pairs, Property};
 use admin_api::ApiError;
@@ -13,9 +14,10 @@ use crate::names;
 use crate::outcome::{Failure, Outcome, FAILED};
 
 /// What the new one has from the call that makes it, or of its own.
-const NOT_COPIED: [&str; 6] = ["name", "qid", "template", "label", "uuid", "installed_by_rpm"];
-/// Tags of that kind say who has made a qube.
-const CREATED_BY: &str = "created-by-";
+const NOT_COPIED: [&str; 7] =
+    ["name", "qid", "template", "label", "uuid", "installed_by_rpm", "auto_cleanup"];
+/// Tags of these kinds say who has made a qube.
+const CREATED_BY: [&str; 2] = ["created-by-", "disp-created-by-"];
 
 /// Clones a qube.
 #[derive(Parser)]
@@ -61,7 +63,7 @@ pub fn run(options: Options) -> Outcome {
     api.call(&format!("admin.vm.{verb}.{class}"), SYSTEM, &value("template"), &payload).map_err(failed)?;
 
     let copy = Copy { api: &api, from: &options.source, to: &options.new, goes_on: options.ignore_errors };
-    let copied = copy.settings(&properties).and_then(|()| copy.volumes());
+    let copied = copy.volumes().and_then(|()| copy.settings(&properties));
     copied.map(|()| 0).inspect_err(|_| {
         // What is half a clone is none.
         if let Err(error) = api.tell("admin.vm.Remove", &options.new) {
@@ -85,24 +87,46 @@ struct Copy<'a> {
 
 impl Copy<'_> {
     fn settings(&self, properties: &[(String, Property)]) -> Outcome<()> {
+        let rules = self.api.text("admin.vm.firewall.Get", self.from, "")?;
+        self.check("set firewall", self.api.call("admin.vm.firewall.Set", self.to, "", &rules))?;
+        self.tags()?;
+        self.features()?;
         for (name, property) in properties {
             if !property.is_default && !NOT_COPIED.contains(&name.as_str()) {
                 let set = self.api.call("admin.vm.property.Set", self.to, name, &property.value);
                 self.check(&format!("set {name} property"), set)?;
             }
         }
-        for tag in self.api.names("admin.vm.tag.List", self.from, "")? {
-            if !tag.starts_with(CREATED_BY) {
-                self.check(&format!("add {tag} tag"), self.api.call("admin.vm.tag.Set", self.to, &tag, ""))?;
-            }
+        Ok(())
+    }
+
+    /// One that has been made from a DVM template has that one's already.
+    fn tags(&self) -> Outcome<()> {
+        let of = |qube| self.api.names("admin.vm.tag.List", qube, "");
+        let (wanted, there) = (of(self.from)?, of(self.to)?);
+        let kept = |tag: &&String| !CREATED_BY.iter().any(|kind| tag.starts_with(kind));
+        for tag in there.iter().filter(kept).filter(|tag| !wanted.contains(tag)) {
+            self.check(&format!("remove {tag} tag"), self.api.call("admin.vm.tag.Remove", self.to, tag, ""))?;
         }
-        for name in self.api.names("admin.vm.feature.List", self.from, "")? {
+        for tag in wanted.iter().filter(kept).filter(|tag| !there.contains(tag)) {
+            self.check(&format!("add {tag} tag"), self.api.call("admin.vm.tag.Set", self.to, tag, ""))?;
+        }
+        Ok(())
+    }
+
+    fn features(&self) -> Outcome<()> {
+        let of = |qube| self.api.names("admin.vm.feature.List", qube, "");
+        let wanted = of(self.from)?;
+        for name in of(self.to)?.iter().filter(|name| !wanted.contains(name)) {
+            let removed = self.api.call("admin.vm.feature.Remove", self.to, name, "");
+            self.check(&format!("remove {name} feature"), removed)?;
+        }
+        for name in wanted {
             let value = self.api.text("admin.vm.feature.Get", self.from, &name)?;
             let set = self.api.call("admin.vm.feature.Set", self.to, &name, &value);
             self.check(&format!("set {name} feature"), set)?;
         }
-        let rules = self.api.text("admin.vm.firewall.Get", self.from, "")?;
-        self.check("set firewall", self.api.call("admin.vm.firewall.Set", self.to, "", &rules))
+        Ok(())
     }
 
     fn check(&self, what: &str, done: Result<Vec<u8>, ApiError>) -> Outcome<()> {

@@ -187,9 +187,14 @@ impl<'a> Volume<'a> {
         }
     }
 
+    /// In bytes.
+    fn size(&self) -> Outcome<u64> {
+        Ok(value(&self.fetch()?, "size").parse().unwrap_or(0))
+    }
+
     fn resize(&self, size: &str, force: bool) -> Outcome<()> {
         let size = parse_size(size).ok_or_else(|| Failure::error(format!("Invalid size: {size}.")))?;
-        let now: u64 = value(&self.fetch()?, "size").parse().unwrap_or(0);
+        let now = self.size()?;
         if size < now && !force {
             return Err(Failure::error(format!(
                 "For your own safety, shrinking of {} is disabled ({size} < {now}). If you really know what you are doing, \

@@ -7,19 +7,22 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use vchan::link::{self, Link, Offer};
 use vchan::{EVENT_CHANNEL, RING_REF};
 
-use crate::channel::offer::{Nook, Place};
+use crate::channel::offer::{News, Nook, Place};
 use crate::channel::Channel;
 use crate::host::XenHost;
 use crate::hypercalls::DomId;
 use crate::xenstore::domain::vchans;
 use crate::xenstore::{Access, Node, Nodes, Perm, Xenstore};
+
+/// Between an offer that is none and the next look.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// A guest that runs.
 pub struct CallGuest {
@@ -78,23 +81,29 @@ pub fn meet(domid: DomId, port: u16, until: BorrowedFd<'_>, deadline: Instant) -
     let store = Xenstore::open().map_err(io::Error::other)?;
     let nook = Nook::new(store, domid, Place::port(port)).map_err(io::Error::other)?;
     loop {
-        nook.news().map_err(io::Error::other)?;
         if let Some(offer) = nook.offer().map_err(io::Error::other)? {
-            // What one before it has left is no offer: there may be another.
-            if let Ok(link) = link::connect(domid.0, offer) {
-                return Ok(link);
+            match link::connect(domid.0, offer) {
+                Ok(link) => return Ok(link),
+                // What one before it has left is no offer: there may be another. A guest that writes others without end waits as well.
+                Err(_) => std::thread::sleep(PAUSE),
             }
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // Looked for before sleeping: what came between the answers above wakes nobody any more.
+        let news = nook.news().map_err(io::Error::other)? != News::default();
+        let timeout =
+            PollTimeout::try_from(if news { Duration::ZERO } else { left }).unwrap_or(PollTimeout::MAX);
         let mut polled =
             [PollFd::new(nook.store().as_fd(), PollFlags::POLLIN), PollFd::new(until, PollFlags::POLLIN)];
         match poll(&mut polled, timeout) {
-            Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
             Err(Errno::EINTR) | Ok(_) => {}
             Err(errno) => return Err(errno.into()),
         }
-        if polled[1].any().unwrap_or(true) {
+        let ended = polled.get(1).and_then(|slot| slot.any());
+        if ended.unwrap_or(true) {
             return Err(io::ErrorKind::Interrupted.into());
         }
     }

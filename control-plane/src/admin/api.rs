@@ -149,10 +149,19 @@ const METHODS: [(&str, Wants, Wants, Wants); 75] = [
     ("admin.vm.device.pci.List", Either, Either, No),
 ];
 
-/// Whether the call waits for a guest.
+/// Whether the call waits for a guest, or copies a volume.
 pub(super) fn takes_long(request: &Request) -> bool {
-    let waiting = ["admin.vm.CreateDisposable", "admin.vm.Kill", "admin.vm.Shutdown", "admin.vm.Start"];
-    waiting.contains(&request.method.as_str())
+    let long = [
+        "admin.vm.CreateDisposable",
+        "admin.vm.Kill",
+        "admin.vm.Shutdown",
+        "admin.vm.Start",
+        "admin.vm.volume.Clear",
+        "admin.vm.volume.CloneTo",
+        "admin.vm.volume.Resize",
+        "admin.vm.volume.Revert",
+    ];
+    long.contains(&request.method.as_str())
 }
 
 /// Whether qubes have come, gone, started or ended after this call.

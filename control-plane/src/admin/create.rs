@@ -12,7 +12,6 @@ use admin_api::Kind;
 use qrexec::service::QubeName;
 
 use super::answer::{enforce, exception, silent, Answer, Refusal};
-use super::lives;
 use super::settings::{self, Owner, Settings};
 use super::volumes;
 use super::world::{uuid_text, Context, Vm, VmKind, World};
@@ -98,11 +97,10 @@ pub(super) fn disposable(context: &Context, source: &str, vm: &Rc<Vm>, payload: 
     let tags = ["created-by", "disp-created-by"].map(|tag| format!("{tag}-{source}"));
     let text = |name: String, uuid: String| if by_uuid { format!("uuid:{uuid}") } else { name };
     let dvm = base_of_disposable(context, source, vm)?;
-    if let Some(name) = client::hold_spare(&context.state, &dvm.name) {
-        // One that nobody comes to know of would run for ever.
-        let tagged = tag_spare(context, &name, &tags);
-        let uuid = tagged.inspect_err(|_| drop(lives::kill(context, &name)))?;
-        return Ok(text(name, uuid));
+    if let Some(held) = client::hold_spare(&context.state, &dvm.name) {
+        let uuid = tag_spare(context, &held.name, &tags)?;
+        held.go().map_err(Error::failed("have the disposable go on"))?;
+        return Ok(text(held.name, uuid));
     }
     let _lock = settings::lock(&context.state)?;
     // As it is now that nobody changes it.
@@ -112,8 +110,7 @@ pub(super) fn disposable(context: &Context, source: &str, vm: &Rc<Vm>, payload: 
     Ok(text(number.to_string(), uuid))
 }
 
-/// Notes whose a disposable is that was a spare until now, and answers its UUID. That it runs already is no trouble: whoever wants it
-/// does not know its name yet.
+/// Notes whose a disposable is that was a spare until now, and answers its UUID. It makes no calls yet, so policy never meets it without its tags.
 fn tag_spare(context: &Context, name: &str, tags: &[String]) -> Answer<String> {
     context.forget_spares();
     let _lock = settings::lock(&context.state)?;

@@ -17,6 +17,7 @@ use crate::daemon::client;
 use crate::error::Error;
 use crate::private;
 use crate::qube;
+use crate::savefiles;
 
 /// Clones that were begun and not ended: the newest so many are remembered, each until it is used.
 const PENDING_MAX: usize = 64;
@@ -68,7 +69,7 @@ pub(super) fn resize(world: &World<'_>, vm: &Vm, volume: &str, payload: &[u8]) -
         }
         _ => {
             changeable(world, vm, volume)?;
-            private::grow(world.state, &vm.name, bytes).map_err(storage)?;
+            changed(world, private::grow(world.state, &vm.name, bytes))?;
         }
     }
     told(
@@ -83,14 +84,14 @@ pub(super) fn revert(world: &World<'_>, vm: &Vm, volume: &str, known: &str, payl
     enforce(known.lines().any(|known| known == revision), "no such revision")?;
     changeable(world, vm, volume)?;
     let generation = revision.parse().map_err(|_| silent("no such revision"))?;
-    private::revert(world.state, &vm.name, generation).map_err(storage)?;
+    changed(world, private::revert(world.state, &vm.name, generation))?;
     told(world, Event::new(&vm.name, "domain-volume-reverted").detail("volume", volume))
 }
 
 /// `admin.vm.volume.Clear`: it is as new.
 pub(super) fn clear(world: &World<'_>, vm: &Vm, volume: &str) -> Answer<()> {
     changeable(world, vm, volume)?;
-    private::fill(world.state, &vm.name, &mut std::io::empty(), None).map_err(storage)?;
+    changed(world, private::fill(world.state, &vm.name, &mut std::io::empty(), None))?;
     told(
         world,
         Event::new(&vm.name, "domain-volume-import-end").detail("volume", volume).detail("success", "True"),
@@ -112,7 +113,7 @@ pub(super) fn clone_to(world: &World<'_>, vm: &Vm, volume: &str, payload: &[u8])
     if of != volume || !matches!(source.kind, VmKind::App(_)) {
         return Err(refused(format!("{}:{of} is no private volume of an AppVM", source.name)));
     }
-    private::take_over(world.state, &vm.name, &source.name).map_err(storage)?;
+    changed(world, private::take_over(world.state, &vm.name, &source.name))?;
     told(world, Event::new(&vm.name, "domain-volume-cloned").detail("volume", volume))
 }
 
@@ -138,7 +139,7 @@ pub(super) fn import(
         false => None,
     };
     changeable(&world, &vm, volume)?;
-    private::fill(world.state, &vm.name, data, bytes).map_err(storage)?;
+    changed(&world, private::fill(world.state, &vm.name, data, bytes))?;
     client::changed(world.state);
     Ok(())
 }
@@ -159,6 +160,14 @@ fn changeable(world: &World<'_>, vm: &Vm, volume: &str) -> Answer<()> {
         "Halted" => Ok(()),
         _ => Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {:?}", vm.name))),
     }
+}
+
+/// Has generations go that are not kept, and what is left of changes cut short, of this one too.
+fn changed(world: &World<'_>, done: crate::error::Result<()>) -> Answer<()> {
+    if let Err(error) = savefiles::collect(world.state) {
+        tracing::warn!("cannot collect what nothing needs: {}", crate::output::error_text(&error));
+    }
+    done.map_err(storage)
 }
 
 /// What stands on the volume (savefiles, spares) is made anew, and whoever listens is told.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use call_channel::{run_client, run_service, Broken, Running, Streams, Watch};
 use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{killpg, Signal};
 use nix::sys::wait::{waitpid, WaitPidFlag};
 use nix::unistd::getpgrp;
@@ -62,6 +63,10 @@ pub fn answer(place: (u16, u16), mut program: Command, teller: &mut Teller) -> i
     program.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = program.spawn()?;
     drop(tell);
+    if is_told_to_end(&signals, decided.as_fd())? {
+        end_group();
+        return Ok(EXIT_PROBLEM);
+    }
     let (verdict, why) = verdict::read(decided.into());
     if verdict == Verdict::Refused {
         teller.tell(false, &why);
@@ -80,6 +85,18 @@ pub fn answer(place: (u16, u16), mut program: Command, teller: &mut Teller) -> i
     Ok(carried.map_or(EXIT_PROBLEM, |code| code as u8))
 }
 
+/// Waits for what is decided, which may be a long time: somebody may be asked. `true`: a signal came first.
+fn is_told_to_end(signals: &Signals, decided: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut polled =
+        [PollFd::new(signals.as_fd(), PollFlags::POLLIN), PollFd::new(decided, PollFlags::POLLIN)];
+    while let Err(errno) = poll(&mut polled, PollTimeout::NONE) {
+        if errno != Errno::EINTR {
+            return Err(errno.into());
+        }
+    }
+    Ok(polled.first().and_then(|slot| slot.any()).unwrap_or(true))
+}
+
 /// Ends what is of our group, which is the call's alone.
 fn end_group() {
     // It reaches us as well, but is blocked.
@@ -87,7 +104,8 @@ fn end_group() {
     let deadline = Instant::now() + TERM_LIMIT;
     loop {
         match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-            Err(Errno::ECHILD) => return,
+            // Grandchildren may be there yet.
+            Err(Errno::ECHILD) => break,
             _ if Instant::now() >= deadline => break,
             _ => std::thread::sleep(Duration::from_millis(5)),
         }

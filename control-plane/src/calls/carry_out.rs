@@ -37,7 +37,7 @@ pub fn carrier(state: &State, asked: &Asked, allow: &Allow) -> Result<Carrier> {
     let source = asked.source.as_str();
     let mut command = match &allow.target {
         Destination::AdminVm => {
-            return in_dom0::find(asked, user)
+            return in_dom0::find(state, asked, user)
                 .map(|found| found.map_or_else(Carrier::Nothing, Carrier::InDom0));
         }
         Destination::Qube(name) => {

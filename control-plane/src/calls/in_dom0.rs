@@ -18,6 +18,7 @@ use super::decide::Asked;
 use super::supervise;
 use crate::accounts::uid_of;
 use crate::error::{Error, Kind, Result};
+use crate::state::State;
 
 /// Where services are.
 const SERVICE_DIRS: [&str; 2] = ["/usr/local/etc/qubes-rpc", "/etc/qubes-rpc"];
@@ -39,10 +40,10 @@ enum Work {
 }
 
 /// What serves the call. The inner error is no refusal: the call may happen, and fails.
-pub fn find(asked: &Asked, user: &str) -> Result<std::result::Result<InDom0, NotServed>> {
+pub fn find(state: &State, asked: &Asked, user: &str) -> Result<std::result::Result<InDom0, NotServed>> {
     match look(asked) {
         Err(missing) => Ok(Err(missing)),
-        Ok((served, config)) => prepare(asked, user, served, config),
+        Ok((served, config)) => prepare(state, asked, user, served, config),
     }
 }
 
@@ -53,6 +54,7 @@ fn look(asked: &Asked) -> std::result::Result<(Served, Config), NotServed> {
 }
 
 fn prepare(
+    state: &State,
     asked: &Asked,
     user: &str,
     served: Served,
@@ -66,7 +68,7 @@ fn prepare(
                 notes.push("what is for sockets alone means nothing for a program".to_owned());
             }
             let user = config.force_user.as_deref().unwrap_or(user);
-            Work::Program(Box::new(program(asked, user, &path)?))
+            Work::Program(Box::new(program(state, asked, user, &path)?))
         }
         _ if config.force_user.is_some() && config.is_for_a_socket() => {
             return Ok(Err(NotServed::Senseless("force-user= does not go with what is for sockets alone")))
@@ -118,7 +120,7 @@ fn requested(target: &Target) -> (&'static str, &str) {
     }
 }
 
-fn program(asked: &Asked, user: &str, path: &Path) -> Result<Command> {
+fn program(state: &State, asked: &Asked, user: &str, path: &Path) -> Result<Command> {
     let mut command = as_user(user, path)?;
     // As with Qubes: what dom0's programs complain of is not for a guest.
     command.stderr(Stdio::null());
@@ -127,6 +129,8 @@ fn program(asked: &Asked, user: &str, path: &Path) -> Result<Command> {
         command.arg(argument);
     }
     tell(&mut command, asked);
+    // Tools of ours that it runs are for the qubes that the policy was asked about.
+    command.env("DISPVM_ROOT", state.root());
     command.env("QREXEC_SERVICE_FULL_NAME", called(&asked.service));
     command.env("QREXEC_SERVICE_ARGUMENT", argument);
     let (kind, target) = requested(&asked.target);

@@ -55,6 +55,8 @@ pub(super) struct Process {
     verdict: Option<OwnedFd>,
     exit: Option<Exit>,
     kill_at: Option<Instant>,
+    /// By when it was to end by itself.
+    overdue_at: Option<Instant>,
 }
 
 impl Process {
@@ -91,9 +93,14 @@ impl Process {
         drop(tell);
         let pid = rustix::process::Pid::from_child(&child);
         match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(ended) => {
-                Ok(Process { child, ended, verdict: Some(verdict.into()), exit: None, kill_at: None })
-            }
+            Ok(ended) => Ok(Process {
+                child,
+                ended,
+                verdict: Some(verdict.into()),
+                exit: None,
+                kill_at: None,
+                overdue_at: None,
+            }),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -134,8 +141,11 @@ impl Process {
     /// Notes how it has ended, if it has.
     pub(super) fn look(&mut self) {
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        if let Ok(Some(status)) = waitid(WaitId::PidFd(self.ended.as_fd()), options) {
-            self.exit = Some(exit_of(&status));
+        match waitid(WaitId::PidFd(self.ended.as_fd()), options) {
+            Ok(Some(status)) => self.exit = Some(exit_of(&status)),
+            Ok(None) | Err(rustix::io::Errno::INTR) => {}
+            // Somebody else has reaped it, as the kernel does where SIGCHLD is ignored.
+            Err(_) => self.exit = Some(Exit::Code(qrexec::service::EXIT_PROBLEM)),
         }
     }
 
@@ -149,8 +159,13 @@ impl Process {
         self.kill_at.get_or_insert(Instant::now() + TERM_LIMIT);
     }
 
+    /// Gives it the same time to end by its own doing; its group hears of it only when that is over.
+    pub(super) fn end_by_itself(&mut self) {
+        self.overdue_at.get_or_insert(Instant::now() + TERM_LIMIT);
+    }
+
     pub(super) fn kill_at(&self) -> Option<Instant> {
-        self.kill_at
+        self.kill_at.or(self.overdue_at)
     }
 
     /// Kills what was told to end long enough ago.
@@ -158,6 +173,9 @@ impl Process {
         if self.kill_at.is_some_and(|at| at <= Instant::now()) {
             self.kill_at = None;
             self.signal(Signal::SIGKILL);
+        }
+        if self.overdue_at.take_if(|at| *at <= Instant::now()).is_some() && self.exit.is_none() {
+            self.end_soon();
         }
     }
 

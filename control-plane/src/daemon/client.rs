@@ -10,7 +10,7 @@ use engine::identity::CloneNumber;
 
 use super::channel::Channel;
 use super::protocol::{Answer, Hello, LifelineHears, LifelineSays, Spare, Status};
-pub use super::starter::{hold_spare, start};
+pub use super::starter::{hold_spare, start, Held};
 use crate::session::Attended;
 use crate::state::State;
 

@@ -4,22 +4,25 @@
 //! carries calls into it until it ends. The clone is its keeper's, whose record and end are as those of a launch that got a spare; a holder
 //! that is killed takes it along.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine::timeline::Timeline;
 
 use super::channel::Channel;
 use super::client::{self, Found, HandedOut, Lifeline};
-use super::protocol::HolderSays;
+use super::protocol::{HolderHears, HolderSays};
 use crate::agent_link::AgentLink;
 use crate::calls::Exchange;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::launcher::wake;
 use crate::machine::{self, Machine};
 use crate::output::error_text;
 use crate::run::runner::starter;
 use crate::session::{SessionError, Signals};
 use crate::state::State;
+
+/// Whoever wants it notes a few words first, for which it may wait behind others.
+const WORD_LIMIT: Duration = Duration::from_secs(30);
 
 /// Takes a spare of `dvm` and holds it to its end. Our standard input is the channel to whoever wants it, and hears [`HolderSays`].
 pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
@@ -41,7 +44,7 @@ pub fn run(state: &State, machine: &dyn Machine, dvm: &str) -> Result<()> {
         }
     };
     // Whoever does not hear of it will never use it.
-    let held = say(&asker, &HolderSays::Holds { name }).and_then(|()| {
+    let held = say(&asker, &HolderSays::Holds { name }).and_then(|()| await_word(&asker)).and_then(|()| {
         drop(asker);
         let ended = exchange.run(&mut lifeline, None, &mut signals, &mut timeline);
         ended.map(drop).or_else(over)
@@ -72,6 +75,15 @@ fn over(error: SessionError) -> Result<()> {
             Ok(())
         }
         error => Err(Error::failed("hold the disposable")(error)),
+    }
+}
+
+/// Before it, nobody has noted whose the disposable is; one of which nobody comes to know would run for ever.
+fn await_word(asker: &Channel) -> Result<()> {
+    match asker.receive_within::<HolderHears>(WORD_LIMIT) {
+        Ok(Some((HolderHears::Go, _))) => Ok(()),
+        Ok(None) => Err(Error::new(Kind::Failed, "whoever wanted the disposable has gone")),
+        Err(error) => Err(Error::failed("wait for the word to go on")(error)),
     }
 }
 

@@ -186,11 +186,19 @@ pub enum RunnerSays {
     },
 }
 
+/// What the holder of a spare hears from whoever wants it, once. If it hears nothing, the disposable ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum HolderHears {
+    /// All is noted of the disposable: it may take calls and make them.
+    Go,
+}
+
 /// What the holder of a spare says to whoever wants it: one word.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum HolderSays {
-    /// The spare is a disposable that runs, and takes calls.
+    /// The spare is a disposable that runs, and takes and makes calls as soon as its holder hears [`HolderHears::Go`].
     Holds {
         /// Its name.
         name: String,

@@ -12,7 +12,7 @@ use engine::build::BOOT_LIMIT;
 
 use super::channel::Channel;
 use super::client::is_nobody;
-use super::protocol::{Hello, HolderSays, RunnerSays};
+use super::protocol::{Hello, HolderHears, HolderSays, RunnerSays};
 use crate::clones::{self, Power};
 use crate::error::{Error, Kind, Result};
 use crate::qube::check_name;
@@ -58,14 +58,28 @@ pub fn start(state: &State, name: &str) -> Result<bool> {
     }
 }
 
-/// Has a spare of `dvm` become a disposable that runs by itself, if the daemon has one that serves. Answers its name.
-pub fn hold_spare(state: &State, dvm: &str) -> Option<String> {
+/// A disposable that was a spare. It ends with this, unless it is let go on.
+pub struct Held {
+    /// Its name.
+    pub name: String,
+    holder: Channel,
+}
+
+impl Held {
+    /// Everything is noted of it: from now on it takes and makes calls, and runs by itself.
+    pub fn go(&self) -> io::Result<()> {
+        self.holder.send(&HolderHears::Go, &[])
+    }
+}
+
+/// Has a spare of `dvm` become a disposable, if the daemon has one that serves.
+pub fn hold_spare(state: &State, dvm: &str) -> Option<Held> {
     let says = Channel::connect(&state.daemon_socket()).and_then(|daemon| {
         daemon.send(&Hello::Hold { dvm: dvm.to_owned() }, &[])?;
-        daemon.receive_within::<HolderSays>(HOLD_LIMIT)
+        Ok(daemon.receive_within::<HolderSays>(HOLD_LIMIT)?.map(|(says, _)| (says, daemon)))
     });
     match says {
-        Ok(Some((HolderSays::Holds { name }, _))) => return Some(name),
+        Ok(Some((HolderSays::Holds { name }, holder))) => return Some(Held { name, holder }),
         Ok(Some((HolderSays::NoSpare, _)) | None) => {}
         Ok(Some((HolderSays::Failed { reason }, _))) => {
             tracing::warn!("a spare of {dvm} did not wake up: {reason}");

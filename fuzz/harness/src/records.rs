@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use control_plane::clones::CloneRecord;
 use control_plane::daemon::protocol::{
-    self, Answer, Hello, HolderSays, KeeperHears, KeeperSays, LifelineHears, LifelineSays,
+    self, Answer, Hello, HolderHears, HolderSays, KeeperHears, KeeperSays, LifelineHears, LifelineSays,
 };
 use control_plane::qube::{check_label, check_name, Class, Qube};
 use engine::image::hot::HotIndex;
@@ -49,6 +49,7 @@ pub fn control_socket(data: &[u8]) {
     same_again::<LifelineSays>(data);
     same_again::<LifelineHears>(data);
     same_again::<HolderSays>(data);
+    same_again::<HolderHears>(data);
 }
 
 fn same_again<T: Serialize + DeserializeOwned + PartialEq + Debug>(data: &[u8]) {

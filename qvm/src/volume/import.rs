@@ -26,13 +26,20 @@ pub fn run(volume: &Volume<'_>, path: &str, size: Option<u64>, no_resize: bool) 
     }
     let mut command = programs::own(programs::DAEMON);
     command.arg("import");
-    let header = match no_resize {
-        true => String::new(),
-        false => {
-            command.arg("--with-size");
-            format!("{}\n", size.unwrap_or(bytes))
-        }
+    // Without a size, whatever comes is taken for all of it: also where we are killed half-way.
+    let size = match (no_resize, path) {
+        (true, "-") => None,
+        (true, _) => Some(volume.size()?),
+        (false, _) => Some(size.unwrap_or(bytes)),
     };
+    if let Some(size) = size.filter(|_| no_resize) {
+        if bytes > size {
+            return Err(Failure::error(format!("{path} has {bytes} bytes, the volume {size}")));
+        }
+        data = Box::new(data.chain(io::repeat(0)).take(size));
+    }
+    command.args(size.map(|_| "--with-size"));
+    let header = size.map_or(String::new(), |size| format!("{size}\n"));
     command
         .args(["--", volume.qube, volume.name])
         .stdin(Stdio::piped())
@@ -41,7 +48,9 @@ pub fn run(volume: &Volume<'_>, path: &str, size: Option<u64>, no_resize: bool) 
     let mut child = command.spawn().map_err(|error| programs::not_started(&command, &error))?;
     let fed = child.stdin.take().map_or(Ok(()), |mut to| {
         to.write_all(header.as_bytes())?;
-        io::copy(&mut data, &mut to).map(drop)
+        let fed = io::copy(&mut data, &mut to).map(drop);
+        // The end of a file that cannot be read is not the end of the data.
+        fed.inspect_err(|_| drop(child.kill()))
     });
     let output = child.wait_with_output().map_err(|error| programs::not_started(&command, &error))?;
     match Reply::decode(&output.stdout) {

@@ -160,13 +160,16 @@ impl Pump {
             if Instant::now() >= deadline || self.control.order() == Order::Stop {
                 return Ok(false);
             }
+            // Some may have come with the last look's answer, and wakes nobody any more.
+            if self.nook.news()? != News::default() {
+                continue;
+            }
             let mut slots = [
                 PollFd::new(self.nook.store().as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.control.wake.as_fd(), PollFlags::POLLIN),
             ];
             wait(&mut slots, Some(deadline), false)?;
             let _ = self.control.wake.read();
-            self.nook.news()?;
         }
         self.nook.is_there()
     }

@@ -210,7 +210,8 @@ impl Calls {
         self.ports.terminated(port);
         let of_port = self.calls.values_mut().find(|call| call.port == Some(port));
         if let Some(Call { whose: Whose::Guest { process, .. }, .. }) = of_port {
-            process.end_soon();
+            // What carries the call sees its end as well, and may have seen it first: what a service leaves behind is not for the guest to end.
+            process.end_by_itself();
         }
     }
 

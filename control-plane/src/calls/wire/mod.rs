@@ -48,6 +48,8 @@ use control::{Control, Heard};
 const SETTLE: Duration = Duration::from_millis(250);
 /// One that has hung up, as that of an agent that is started again, is looked for once more after so long.
 const AGAIN: Duration = Duration::from_secs(5);
+/// It doubles up to this with each channel that did not last so long: a guest may end as many as it likes.
+const AGAIN_MAX: Duration = Duration::from_secs(300);
 
 /// A guest with a channel for each call, as its host reaches it.
 pub trait Vchans: Send {
@@ -71,6 +73,7 @@ pub(super) struct Wire {
     guest: Option<Box<dyn Vchans>>,
     channel: Option<Joined>,
     opens: Option<Instant>,
+    again: Duration,
     calls: Calls,
 }
 
@@ -78,6 +81,7 @@ pub(super) struct Wire {
 struct Joined {
     stream: UnixStream,
     control: Control,
+    since: Instant,
     _keep: Box<dyn Send>,
 }
 
@@ -99,12 +103,12 @@ pub(super) enum Wants {
 impl Wire {
     /// For the guest that `finder` finds, held as `caller`.
     pub(super) fn new(finder: Option<Finder>, caller: (State, String)) -> Wire {
-        Wire { finder, guest: None, channel: None, opens: None, calls: Calls::of(Some(caller)) }
+        Wire { finder, guest: None, channel: None, opens: None, again: AGAIN, calls: Calls::of(Some(caller)) }
     }
 
     /// None at all.
     pub(super) fn none() -> Wire {
-        Wire { finder: None, guest: None, channel: None, opens: None, calls: Calls::of(None) }
+        Wire { finder: None, guest: None, channel: None, opens: None, again: AGAIN, calls: Calls::of(None) }
     }
 
     /// The guest runs freely now.
@@ -139,6 +143,9 @@ impl Wire {
             Ok(false) => Wants::Nothing,
             Err(error) => {
                 tracing::warn!("calls have no channels of their own: {error}");
+                if self.guest.is_some() {
+                    self.open_later();
+                }
                 Wants::Nothing
             }
         }
@@ -150,7 +157,7 @@ impl Wire {
         }
         let Some(guest) = &mut self.guest else { return Ok(false) };
         let (stream, keep) = guest.control()?;
-        self.channel = Some(Joined { stream, control: Control::new(), _keep: keep });
+        self.channel = Some(Joined { stream, control: Control::new(), since: Instant::now(), _keep: keep });
         Ok(true)
     }
 
@@ -233,9 +240,16 @@ impl Wire {
 
     /// The agent has hung up. Another may be started in its place.
     fn lose(&mut self) {
-        self.channel = None;
+        if self.channel.take().is_some_and(|joined| joined.since.elapsed() >= AGAIN_MAX) {
+            self.again = AGAIN;
+        }
         self.calls.lose_agent();
-        self.opens = Some(Instant::now() + AGAIN);
+        self.open_later();
+    }
+
+    fn open_later(&mut self) {
+        self.opens = Some(Instant::now() + self.again);
+        self.again = (self.again * 2).min(AGAIN_MAX);
     }
 
     fn give_up(&mut self, error: &WireError) {
