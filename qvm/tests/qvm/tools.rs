@@ -274,7 +274,10 @@ fn features_are_listed_shown_set_and_deleted() {
 #[test]
 fn tags_are_listed_queried_added_and_deleted() {
     let server = server(&[
-        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\n"),
+        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\ndisp-created-by-vault\n"),
+        ("admin.vm.tag.List new", "theirs\ncreated-by-dom0\n"),
+        ("admin.vm.tag.List bad", ""),
+        ("admin.vm.tag.Remove+theirs new", ""),
         ("admin.vm.tag.Get+mine work", "1"),
         ("admin.vm.tag.Get+other work", "0"),
         ("admin.vm.tag.Set+a work", ""),
@@ -342,6 +345,9 @@ fn clone_copies_settings_and_the_volumes_that_are_kept() {
         ("admin.vm.tag.Set+mine new", ""),
         ("admin.vm.tag.Set+mine bad", ""),
         ("admin.vm.feature.List work", "gui\n"),
+        ("admin.vm.feature.List new", "theirs\n"),
+        ("admin.vm.feature.List bad", ""),
+        ("admin.vm.feature.Remove+theirs new", ""),
         ("admin.vm.feature.Get+gui work", "1"),
         ("admin.vm.feature.Set+gui new 1", ""),
         ("admin.vm.feature.Set+gui bad 1", ""),
@@ -358,7 +364,16 @@ fn clone_copies_settings_and_the_volumes_that_are_kept() {
     ]);
     server.run("qvm-clone work new").is(0, "");
     let asked = server.asked();
-    assert_eq!(asked.last().unwrap(), "admin.vm.volume.CloneTo+private new t0k3n");
+    let at = |call: &str| asked.iter().position(|line| line == call);
+    let (volume, last) =
+        (at("admin.vm.volume.CloneTo+private new t0k3n"), at("admin.vm.property.Set+netvm new sys-net"));
+    assert!(
+        volume.is_some() && volume < last,
+        "nothing is made from it before its volumes are there: {asked:?}"
+    );
+    assert!(
+        at("admin.vm.tag.Remove+theirs new").is_some() && at("admin.vm.feature.Remove+theirs new").is_some()
+    );
     assert!(
         !asked.iter().any(|line| line.contains("created-by") || line.contains("+root work")),
         "{asked:?}"
