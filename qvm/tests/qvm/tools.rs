@@ -274,10 +274,7 @@ fn features_are_listed_shown_set_and_deleted() {
 #[test]
 fn tags_are_listed_queried_added_and_deleted() {
     let server = server(&[
-        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\ndisp-created-by-vault\n"),
-        ("admin.vm.tag.List new", "theirs\ncreated-by-dom0\n"),
-        ("admin.vm.tag.List bad", ""),
-        ("admin.vm.tag.Remove+theirs new", ""),
+        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\n"),
         ("admin.vm.tag.Get+mine work", "1"),
         ("admin.vm.tag.Get+other work", "0"),
         ("admin.vm.tag.Set+a work", ""),
@@ -341,7 +338,10 @@ fn clone_copies_settings_and_the_volumes_that_are_kept() {
         ),
         ("admin.vm.property.Set+netvm new sys-net", ""),
         ("admin.vm.property.Set+netvm bad sys-net", "!QubesPropertyValueError loops"),
-        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\n"),
+        ("admin.vm.tag.List work", "mine\ncreated-by-dom0\ndisp-created-by-vault\n"),
+        ("admin.vm.tag.List new", "theirs\ncreated-by-dom0\n"),
+        ("admin.vm.tag.List bad", ""),
+        ("admin.vm.tag.Remove+theirs new", ""),
         ("admin.vm.tag.Set+mine new", ""),
         ("admin.vm.tag.Set+mine bad", ""),
         ("admin.vm.feature.List work", "gui\n"),
