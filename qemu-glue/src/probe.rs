@@ -40,11 +40,12 @@ impl Accel {
         }
     }
 
-    /// The CPU model guests get: everything the accelerator has.
+    /// The CPU model guests get: everything the accelerator has. Emulated, `rep movsb` goes byte by byte, and a guest that is told it is
+    /// fast ("ERMS", "FSRM") copies and clears with it whatever it can: 2 to 4 times as slow as by words.
     pub fn cpu_model(self) -> &'static str {
         match self {
             Accel::Kvm => "host",
-            Accel::Tcg => "max",
+            Accel::Tcg => "max,-erms,-fsrm",
         }
     }
 
@@ -267,7 +268,7 @@ mod tests {
         assert_eq!(said, processor(&cpuinfo.replace("processor\t: 1", "processor\t: 7")));
         assert_ne!(said, processor(&cpuinfo.replace("fpu sse", "fpu sse avx")));
         assert_ne!(said, processor(&cpuinfo.replace("stepping\t: 1", "stepping\t: 2")));
-        assert_eq!(Accel::Tcg.cpu_description(), "max");
+        assert_eq!(Accel::Tcg.cpu_description(), "max,-erms,-fsrm");
     }
 
     fn qemu(version: &str) -> Qemu {
