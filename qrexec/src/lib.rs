@@ -42,7 +42,7 @@ pub use frame::{kind, RawFrame, HEADER_BYTES, PAYLOAD_BYTES_MAX};
 pub use guest::{Failed, GuestFrame, Hello, Op, TEXT_BYTES_MAX};
 pub use host::HostFrame;
 pub use identity::{Identity, Network, DNS_COUNT_MAX, ENTROPY_BYTES, HOSTNAME_BYTES_MAX};
-pub use window::{ReceiveWindow, SendWindow, INITIAL_WINDOW, WINDOW_MAX};
+pub use window::{ReceiveWindow, SendWindow, GROWN_WINDOW, INITIAL_WINDOW, WINDOW_MAX};
 
 /// The protocol's version, said in [`Hello`]. 2 has calls, 3 `ServeCalls`; an older agent that comes out of an older savefile says no Hello, and
 /// is understood as long as it is not asked for what it does not know.

@@ -1,7 +1,8 @@
 //! Flow control, the same for both sides and all three of a command's streams.
 //!
 //! Invariants: a sender never has more than its window under way, so what a receiver buffers is bounded by what it granted. Credit is
-//! given back in large pieces, as the bytes are really used up, so that a stalled reader stalls just its own stream.
+//! given back in large pieces, as the bytes are really used up, so that a stalled reader stalls just its own stream. A reader that takes
+//! its bytes gets a larger window for it: more goes at once, and both sides wake up for it less often.
 
 use crate::ProtocolError;
 
@@ -10,8 +11,12 @@ pub const INITIAL_WINDOW: u32 = 256 << 10;
 /// No credit may lift a window over this: a sum that can't overflow and a buffer that fits any guest.
 pub const WINDOW_MAX: u32 = 16 << 20;
 
-/// Credit is given back once this much is owed.
-const CREDIT_STEP: u32 = INITIAL_WINDOW / 4;
+/// How far the window of a reader grows that takes what comes. It begins to once a first window is used up: that much fits no new pipe, so
+/// somebody has read.
+pub const GROWN_WINDOW: u32 = 1 << 20;
+
+/// Credit is given back once this part of the window is owed.
+const CREDIT_PARTS: u32 = 4;
 
 /// The sender's view.
 #[derive(Debug, Clone)]
@@ -50,13 +55,16 @@ impl SendWindow {
 /// The receiver's view.
 #[derive(Debug, Clone)]
 pub struct ReceiveWindow {
+    size: u32,
     granted: u32,
     owed: u32,
+    /// Used up of the first window.
+    used: u32,
 }
 
 impl Default for ReceiveWindow {
     fn default() -> Self {
-        Self { granted: INITIAL_WINDOW, owed: 0 }
+        Self { size: INITIAL_WINDOW, granted: INITIAL_WINDOW, owed: 0, used: 0 }
     }
 }
 
@@ -71,12 +79,27 @@ impl ReceiveWindow {
 
     /// Notes `count` received bytes as used up. `Some`: the credit to send now.
     pub fn consumed(&mut self, count: usize) -> Option<u32> {
-        let room = INITIAL_WINDOW.saturating_sub(self.granted).saturating_sub(self.owed);
-        self.owed += u32::try_from(count).unwrap_or(u32::MAX).min(room);
-        if self.owed < CREDIT_STEP {
+        let room = self.size.saturating_sub(self.granted).saturating_sub(self.owed);
+        let count = u32::try_from(count).unwrap_or(u32::MAX).min(room);
+        self.owed += count;
+        self.used = self.used.saturating_add(count).min(INITIAL_WINDOW);
+        if self.owed < self.size / CREDIT_PARTS {
             return None;
         }
-        self.granted += self.owed;
-        Some(std::mem::take(&mut self.owed))
+        let credit = std::mem::take(&mut self.owed) + self.grow();
+        self.granted += credit;
+        Some(credit)
+    }
+
+    /// How much larger the window is now.
+    fn grow(&mut self) -> u32 {
+        let growth = if self.used < INITIAL_WINDOW { 0 } else { self.size.min(GROWN_WINDOW - self.size) };
+        self.size += growth;
+        growth
+    }
+
+    /// Bytes that may be under way or wait here.
+    pub fn size(&self) -> usize {
+        self.size as usize
     }
 }

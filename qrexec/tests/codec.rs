@@ -205,7 +205,8 @@ proptest! {
                 sender.credit(credit).expect("within the limit");
             }
             prop_assert!(sender.left() > 0, "a receiver that consumes never stalls its sender");
-            prop_assert!(sender.left() <= INITIAL_WINDOW as usize);
+            prop_assert!(sender.left() <= receiver.size());
+            prop_assert!(receiver.size() <= GROWN_WINDOW as usize);
         }
     }
 }
@@ -317,6 +318,22 @@ fn texts_of_the_guest_cannot_steer_a_terminal() {
     let Ok(GuestFrame::Failed { failed, .. }) = parsed else { panic!("{parsed:?}") };
     assert_eq!(failed.step, "\u{fffd}[2J\u{fffd}x");
     assert!(failed.message.len() <= TEXT_BYTES_MAX);
+}
+
+#[test]
+fn a_window_grows_for_a_reader_that_has_used_up_more_than_fits_a_pipe() {
+    let mut window = ReceiveWindow::default();
+    let mut take = |count: u32| {
+        window.received(count as usize).expect("granted");
+        window.consumed(count as usize)
+    };
+    assert_eq!(take(INITIAL_WINDOW / 4), Some(INITIAL_WINDOW / 4));
+    assert_eq!(take(INITIAL_WINDOW / 2), Some(INITIAL_WINDOW / 2));
+    assert_eq!(take(INITIAL_WINDOW / 4), Some(INITIAL_WINDOW / 4 + INITIAL_WINDOW), "twice as large");
+    assert_eq!(take(INITIAL_WINDOW / 4), None, "a quarter of what it is now");
+    assert_eq!(take(INITIAL_WINDOW / 4), Some(INITIAL_WINDOW / 2 + 2 * INITIAL_WINDOW));
+    assert_eq!(take(GROWN_WINDOW), Some(GROWN_WINDOW), "no larger");
+    assert!(window.received(GROWN_WINDOW as usize + 1).is_err());
 }
 
 #[test]
