@@ -13,7 +13,7 @@
 mod clone;
 
 use std::fs;
-use std::io;
+use std::io::{self, IoSlice};
 use std::time::{Duration, Instant};
 
 use qrexec::{kind, Decoder, GuestFrame, Hello, HostFrame, Op, Piece, ProtocolError, PROTOCOL};
@@ -34,7 +34,10 @@ use crate::stock::Stock;
 use crate::sys::{self, PollSlot};
 
 /// Bytes taken from the port before others have their turn.
-const READ_BYTES: usize = 64 << 10;
+const READ_BYTES: usize = 256 << 10;
+
+/// Pieces that are handed on at once; more than fit [`READ_BYTES`] when frames are full.
+const RUN_PIECES: usize = 64;
 
 /// The agent.
 pub struct Agent {
@@ -167,23 +170,29 @@ impl Agent {
     }
 
     fn handle_bytes(&mut self, mut input: &[u8]) -> Result<(), ProtocolError> {
+        let mut run = Run::default();
         loop {
             if let Some(piece) = self.decoder.next_piece(&mut input)? {
-                self.hand_on(piece)?;
+                if !run.takes(&piece) {
+                    self.hand_on(&mut run)?;
+                }
+                run.push(piece);
             } else if let Some(raw) = self.decoder.next(&mut input)? {
+                self.hand_on(&mut run)?;
                 self.handle(HostFrame::parse(raw)?)?;
             } else {
-                return Ok(());
+                return self.hand_on(&mut run);
             }
         }
     }
 
     /// Bytes for a pipe, straight from where they were read.
-    fn hand_on(&mut self, piece: Piece<'_>) -> Result<(), ProtocolError> {
-        let Piece { kind, stream, bytes } = piece;
+    fn hand_on(&mut self, run: &mut Run<'_>) -> Result<(), ProtocolError> {
+        let Run { kind, stream, pieces } = std::mem::take(run);
         match kind {
-            kind::STDIN => self.commands.stdin(stream, bytes, &mut self.outbox),
-            _ => self.calls.output(stream, kind, bytes, &mut self.outbox),
+            _ if pieces.is_empty() => Ok(()),
+            kind::STDIN => self.commands.stdin(stream, &pieces, &mut self.outbox),
+            _ => self.calls.output(stream, kind, &pieces, &mut self.outbox),
         }
     }
 
@@ -342,6 +351,28 @@ impl Agent {
         self.errand.take().into_iter().for_each(|mut errand| errand.abandon(&mut self.commands));
         self.hook = None;
         self.decoder = Decoder::new();
+    }
+}
+
+/// Pieces of one stream in a row. A pipe gets them at once, and its reader wakes up for all of them once.
+#[derive(Default)]
+struct Run<'a> {
+    kind: u16,
+    stream: u32,
+    pieces: Vec<IoSlice<'a>>,
+}
+
+impl<'a> Run<'a> {
+    /// Whether a piece can be added.
+    fn takes(&self, piece: &Piece<'_>) -> bool {
+        let is_same = (self.kind, self.stream) == (piece.kind, piece.stream);
+        self.pieces.is_empty() || is_same && self.pieces.len() < RUN_PIECES
+    }
+
+    /// Adds one that it takes.
+    fn push(&mut self, piece: Piece<'a>) {
+        (self.kind, self.stream) = (piece.kind, piece.stream);
+        self.pieces.push(IoSlice::new(piece.bytes));
     }
 }
 

@@ -6,6 +6,7 @@
 //! - `Exited` is the last frame, after both ends of output. Output ends with EOF, or, when a background process keeps a pipe open,
 //!   once the command has exited and the pipes have been idle for [`LINGER`]: as sshd does, so that `daemon &` ends.
 
+use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -110,8 +111,8 @@ impl Command {
     }
 
     /// Bytes for its stdin.
-    pub fn stdin(&mut self, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
-        let news = self.stdin.receive("Stdin", bytes)?;
+    pub fn stdin(&mut self, pieces: &[IoSlice<'_>], outbox: &mut Outbox) -> Result<(), ProtocolError> {
+        let news = self.stdin.receive("Stdin", pieces)?;
         self.tell(news, outbox);
         Ok(())
     }

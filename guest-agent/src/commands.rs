@@ -2,6 +2,7 @@
 //!
 //! Invariants: at most [`STREAMS_MAX`] at a time. Frames for a stream that is no more are ignored: they were under way when it ended.
 
+use std::io::IoSlice;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -45,8 +46,13 @@ impl Commands {
     }
 
     /// Bytes for a command's stdin.
-    pub fn stdin(&mut self, stream: u32, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
-        self.find(stream).map_or(Ok(()), |command| command.stdin(bytes, outbox))
+    pub fn stdin(
+        &mut self,
+        stream: u32,
+        pieces: &[IoSlice<'_>],
+        outbox: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        self.find(stream).map_or(Ok(()), |command| command.stdin(pieces, outbox))
     }
 
     /// Starts a command; what keeps it from starting is told on its stream.

@@ -4,7 +4,7 @@
 //! a rehearsal walks the very path that a launch will walk. Output kept is bounded, whatever the commands write.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io::{self, IoSlice, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -130,7 +130,7 @@ impl Errand {
         };
         let stdin = act.stdin;
         started
-            .and_then(|()| self.commands.stdin(stream, stdin, &mut self.outbox))
+            .and_then(|()| self.commands.stdin(stream, &[IoSlice::new(stdin)], &mut self.outbox))
             .and_then(|()| say(&mut self.commands, HostFrame::StdinEof { stream }, place, &mut self.outbox))
             .map_err(broken)
     }

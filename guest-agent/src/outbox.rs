@@ -3,14 +3,17 @@
 //! Invariants: whole frames, in order. Output of commands is taken in only while less than [`ROOM`] waits; the host is listened to
 //! only while less than [`FULL`] waits, so answers can't pile up without bound either.
 
-use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::io::{self, ErrorKind, IoSliceMut};
+use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
+use nix::sys::uio::readv;
 use qrexec::{GuestFrame, RawFrame, HEADER_BYTES, PAYLOAD_BYTES_MAX};
 
 /// Bytes beyond which no more output of commands is taken in: two frames keep any port busy.
 pub const ROOM: usize = 2 * PAYLOAD_BYTES_MAX;
+/// Bytes taken from a pipe at once: whoever fills it then has room for as much, and is woken up for it once.
+const TAKEN_MAX: usize = 4 * PAYLOAD_BYTES_MAX;
 /// Bytes beyond which the host is not listened to: it sends without ever reading.
 pub const FULL: usize = 1 << 20;
 
@@ -37,7 +40,7 @@ pub enum Taken {
 
 impl Default for Outbox {
     fn default() -> Self {
-        let bytes = vec![0; ROOM + HEADER_BYTES + PAYLOAD_BYTES_MAX];
+        let bytes = vec![0; ROOM + TAKEN_MAX + 5 * HEADER_BYTES];
         Self { bytes, written: 0, end: 0, frame: Vec::new() }
     }
 }
@@ -70,20 +73,32 @@ impl Outbox {
         bytes
     }
 
-    /// Reads a pipe once, at most `limit` bytes, and appends what came as one frame.
+    /// Reads a pipe once, at most `limit` bytes, and appends what came, in as many frames as it fills.
     pub fn take_from(&mut self, pipe: BorrowedFd<'_>, kind: u16, stream: u32, limit: usize) -> Taken {
-        let limit = limit.min(PAYLOAD_BYTES_MAX);
-        let payload = self.end + HEADER_BYTES;
-        self.make_room(payload + limit);
-        match nix::unistd::read(pipe.as_raw_fd(), &mut self.bytes[payload..payload + limit]) {
+        let mut limit = limit.min(TAKEN_MAX);
+        self.make_room(self.end + limit + limit.div_ceil(PAYLOAD_BYTES_MAX) * HEADER_BYTES);
+        let frames = self.bytes[self.end..].chunks_mut(HEADER_BYTES + PAYLOAD_BYTES_MAX);
+        let mut payloads: Vec<_> = frames.map_while(|frame| payload_of(frame, &mut limit)).collect();
+        match readv(pipe, &mut payloads) {
+            Ok(0) if payloads.is_empty() => Taken::Nothing,
             Ok(0) => Taken::Eof,
             Ok(count) => {
-                self.bytes[self.end..payload].copy_from_slice(&RawFrame::header(kind, stream, count));
-                self.end = payload + count;
+                self.frame(kind, stream, count);
                 Taken::Bytes(count)
             }
             Err(Errno::EAGAIN | Errno::EINTR) => Taken::Nothing,
             Err(_) => Taken::Eof,
+        }
+    }
+
+    /// Writes the headers of payloads that are in their places already.
+    fn frame(&mut self, kind: u16, stream: u32, mut count: usize) {
+        while count > 0 {
+            let length = count.min(PAYLOAD_BYTES_MAX);
+            let payload = self.end + HEADER_BYTES;
+            self.bytes[self.end..payload].copy_from_slice(&RawFrame::header(kind, stream, length));
+            self.end = payload + length;
+            count -= length;
         }
     }
 
@@ -111,4 +126,12 @@ impl Outbox {
         }
         Ok(())
     }
+}
+
+/// Where a frame's payload goes, as much of it as `left` allows.
+fn payload_of<'a>(frame: &'a mut [u8], left: &mut usize) -> Option<IoSliceMut<'a>> {
+    let payload = frame.get_mut(HEADER_BYTES..).filter(|_| *left > 0)?;
+    let length = payload.len().min(*left);
+    *left -= length;
+    Some(IoSliceMut::new(&mut payload[..length]))
 }

@@ -6,6 +6,7 @@
 //! - The program's hanging up is told once. Then the call is kept for the host's last frame of it alone, so that what the host counts is
 //!   counted here too.
 
+use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 
 use qrexec::{kind, Call as Wanted, GuestFrame, HostFrame, ProtocolError};
@@ -126,10 +127,15 @@ impl Call {
     }
 
     /// Bytes that the service has written.
-    pub fn output(&mut self, kind: u16, bytes: &[u8], outbox: &mut Outbox) -> Result<(), ProtocolError> {
+    pub fn output(
+        &mut self,
+        kind: u16,
+        pieces: &[IoSlice<'_>],
+        outbox: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
         match (&mut self.state, self.stream) {
             (State::Over, _) => Ok(()), // Under way when the program hung up.
-            (State::Accepted(flow), Some(stream)) => flow.output(kind, bytes, stream, outbox),
+            (State::Accepted(flow), Some(stream)) => flow.output(kind, pieces, stream, outbox),
             _ => Err(NOT_NOW),
         }
     }
@@ -240,17 +246,17 @@ impl Flow {
     fn output(
         &mut self,
         kind: u16,
-        bytes: &[u8],
+        pieces: &[IoSlice<'_>],
         stream: u32,
         outbox: &mut Outbox,
     ) -> Result<(), ProtocolError> {
         match kind {
             kind::CALL_STDOUT => {
-                let news = self.stdout.receive("CallStdout", bytes)?;
+                let news = self.stdout.receive("CallStdout", pieces)?;
                 credit_stdout(stream, news, outbox);
             }
             _ => {
-                let news = self.stderr.receive("CallStderr", bytes)?;
+                let news = self.stderr.receive("CallStderr", pieces)?;
                 credit_stderr(stream, news, outbox);
             }
         }

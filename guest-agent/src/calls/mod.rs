@@ -10,7 +10,7 @@ mod call;
 pub mod message;
 
 use std::fs::{self, Permissions};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -74,10 +74,10 @@ impl Calls {
         &mut self,
         stream: u32,
         kind: u16,
-        bytes: &[u8],
+        pieces: &[IoSlice<'_>],
         outbox: &mut Outbox,
     ) -> Result<(), ProtocolError> {
-        self.find(stream).map_or(Ok(()), |at| self.calls[at].output(kind, bytes, outbox))
+        self.find(stream).map_or(Ok(()), |at| self.calls[at].output(kind, pieces, outbox))
     }
 
     fn find(&self, stream: u32) -> Option<usize> {
