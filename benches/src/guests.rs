@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use control_plane::inputs::Guest;
 use control_plane::state::State;
+use qemu_glue::probe::Accel;
 
 /// A DVM template under test.
 #[derive(Debug, Clone, Copy)]
@@ -97,10 +98,14 @@ impl Bench {
 
     /// The hand-driven peer's launch of the same, restored or booted cold.
     pub fn by_hand(&self, subject: &Subject, cold: bool, command: &[&str]) -> Command {
+        self.driven(subject, cold, Accel::Tcg.cpu_model(), command)
+    }
+
+    fn driven(&self, subject: &Subject, cold: bool, cpu: &str, command: &[&str]) -> Command {
         let guest = self.guest(subject);
         let hot = self.hot(subject);
         let mut peer = Command::new(self.target.join("release/hand-driven"));
-        peer.arg("--qemu").arg(&self.qemu);
+        peer.arg("--qemu").arg(&self.qemu).args(["--cpu", cpu]);
         peer.args(["--memory", &subject.memory_mib.to_string(), "--vcpus", &subject.vcpus.to_string()]);
         if cold {
             peer.arg("--kernel").arg(&guest.spec.kernel).arg("--initrd").arg(&guest.spec.initrd);
@@ -121,26 +126,20 @@ impl Bench {
 
     /// The hand-driven peer that runs the command whenever it gets a line, and says how long that took.
     pub fn repeated_by_hand(&self, subject: &Subject, command: &[&str]) -> Command {
-        let mut peer = self.with_option(subject, false, "--repeat", command);
+        let mut peer = with_option(&self.by_hand(subject, false, command), "--repeat");
         peer.stdin(Stdio::piped());
         peer
     }
 
-    /// The hand-driven peer that moves so many bytes through a bare port of a booted guest.
-    pub fn bare_port_by_hand(&self, subject: &Subject, bytes: u64) -> Command {
-        self.with_option(subject, true, &format!("--bare-port={bytes}"), &[])
-    }
-
-    fn with_option(&self, subject: &Subject, cold: bool, option: &str, command: &[&str]) -> Command {
-        let without = self.by_hand(subject, cold, command);
-        let mut peer = Command::new(without.get_program());
-        peer.arg(option).args(without.get_args()).stdin(Stdio::null()).stderr(Stdio::null());
-        peer
+    /// The hand-driven peer that moves so many bytes through a bare port of a booted guest, with a CPU of its own.
+    pub fn bare_port_by_hand(&self, subject: &Subject, cpu: &str, bytes: u64) -> Command {
+        let booted = self.driven(subject, true, cpu, &[]);
+        with_option(&booted, &format!("--bare-port={bytes}"))
     }
 
     /// The hand-driven peer as a spare: says a line when it is ready, and goes on when it gets one.
     pub fn spare_by_hand(&self, subject: &Subject, command: &[&str]) -> Command {
-        let mut peer = self.with_option(subject, false, "--spare", command);
+        let mut peer = with_option(&self.by_hand(subject, false, command), "--spare");
         peer.stdin(Stdio::piped());
         peer
     }
@@ -176,6 +175,13 @@ impl Bench {
         }
         path
     }
+}
+
+/// The same, with an option more.
+fn with_option(peer: &Command, option: &str) -> Command {
+    let mut with = Command::new(peer.get_program());
+    with.arg(option).args(peer.get_args()).stdin(Stdio::null()).stderr(Stdio::null());
+    with
 }
 
 fn find_hot(hot: &Path, root_hash: &str) -> PathBuf {

@@ -19,6 +19,9 @@ use qrexec::{Decoder, Exec, GuestFrame, HostFrame, Identity, Network, Op, User};
 /// The name of the port that nothing but bytes go through.
 const BARE_PORT: &str = "bench.bare";
 
+/// What the guest's program reads and writes at once: as much as its `cat` does.
+const BLOCK_BYTES: u64 = 128 << 10;
+
 /// Nothing moves for so long only when the guest has no such port.
 const PORT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -28,6 +31,9 @@ struct Options {
     /// QEMU
     #[arg(long)]
     qemu: PathBuf,
+    /// The CPU model
+    #[arg(long)]
+    cpu: String,
     /// RAM in MiB
     #[arg(long)]
     memory: u64,
@@ -70,7 +76,7 @@ fn main() {
     let (mut agent, agent_theirs) = inherited_pair();
     let mut command = Command::new(&options.qemu);
     command.args("-name dispvm -nodefaults -no-user-config -no-reboot -display none".split(' '));
-    command.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+    command.args(["-accel", "tcg,thread=multi", "-cpu", &options.cpu]);
     command.args([
         "-machine",
         "pc-q35-7.2,smbus=off,sata=off,usb=off,vmport=off,hpet=off,dump-guest-core=off,memory-backend=mem",
@@ -206,10 +212,13 @@ fn repeat(agent: &mut UnixStream, decoder: &mut Decoder, exec: impl Fn() -> Exec
 /// Out of the guest and into it through the bare port, by what a shell there has for it.
 fn move_bytes(agent: &mut UnixStream, decoder: &mut Decoder, mut port: UnixStream, bytes: u64) {
     let find = format!("for port in /sys/class/virtio-ports/*; do [ \"$(cat $port/name)\" = {BARE_PORT} ] && port=/dev/${{port##*/}} && break; done");
+    let blocks = bytes / BLOCK_BYTES;
     let root =
         |line: String| Exec { user: User::Root, ..Exec::user(["sh", "-c", &format!("{find}; {line}")]) };
     agent
-        .write_all(&launch_words(root(format!("head -c {bytes} /dev/zero | cat > $port"))))
+        .write_all(&launch_words(root(format!(
+            "dd if=/dev/zero of=$port bs={BLOCK_BYTES} count={blocks} 2>/dev/null"
+        ))))
         .expect("the agent listens");
     port.set_read_timeout(Some(PORT_LIMIT))
         .and_then(|()| port.set_write_timeout(Some(PORT_LIMIT)))
@@ -224,7 +233,7 @@ fn move_bytes(agent: &mut UnixStream, decoder: &mut Decoder, mut port: UnixStrea
     println!("{}", start.elapsed().as_secs_f64() * 1e3);
     await_frame(agent, decoder, |frame| matches!(frame, GuestFrame::Exited { .. }));
 
-    let exec = root(format!("exec < $port; echo x; head -c {bytes} | cat > /dev/null; echo y"));
+    let exec = root(format!("exec < $port; echo x; dd of=/dev/null bs={BLOCK_BYTES} count={blocks} iflag=fullblock 2>/dev/null; echo y"));
     agent.write_all(&exec_words(2, exec)).expect("the agent listens");
     await_frame(agent, decoder, |frame| matches!(frame, GuestFrame::Stdout { .. }));
     let start = Instant::now();
