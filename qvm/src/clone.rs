@@ -3,6 +3,8 @@
 //! Calls as in QubesOS/qubes-core-admin-client, `qubesadmin/app.py` (clone_vm), but in the other order: what a clone that is cut short has is not
 //! open to more than its original, and nothing is made from it before its volumes are there. Menus, which that has made anew by `qvm-appmenus`,
 //! are not.
+//!
+//! A clone that fails, or is told to end by a signal, is removed. SIGKILL leaves it as far as it has come: `qvm-remove` removes it.
 
 use admin_api::lines::{pairs, Property};
 use admin_api::ApiError;
@@ -10,6 +12,7 @@ use clap::Parser;
 
 use crate::api::{Api, Common, SYSTEM};
 use crate::create::pair;
+use crate::interrupt::Interrupts;
 use crate::names;
 use crate::outcome::{Failure, Outcome, FAILED};
 
@@ -60,9 +63,11 @@ pub fn run(options: Options) -> Outcome {
     payload.extend(options.one_pool.iter().map(|pool| format!(" pool={pool}")).chain(pools));
     let verb = if options.pool.is_empty() && options.one_pool.is_none() { "Create" } else { "CreateInPool" };
     let class = options.class.as_ref().unwrap_or(&class);
+    let interrupts = Interrupts::watch().map_err(Failure::error)?;
     api.call(&format!("admin.vm.{verb}.{class}"), SYSTEM, &value("template"), &payload).map_err(failed)?;
 
-    let copy = Copy { api: &api, from: &options.source, to: &options.new, goes_on: options.ignore_errors };
+    let (from, to) = (&options.source, &options.new);
+    let copy = Copy { api: &api, from, to, goes_on: options.ignore_errors, interrupts };
     let copied = copy.volumes().and_then(|()| copy.settings(&properties));
     copied.map(|()| 0).inspect_err(|_| {
         // What is half a clone is none.
@@ -83,6 +88,7 @@ struct Copy<'a> {
     to: &'a str,
     /// Whether settings that cannot be copied are told, and no more.
     goes_on: bool,
+    interrupts: Interrupts,
 }
 
 impl Copy<'_> {
@@ -130,6 +136,7 @@ impl Copy<'_> {
     }
 
     fn check(&self, what: &str, done: Result<Vec<u8>, ApiError>) -> Outcome<()> {
+        self.interrupts.check()?;
         match done {
             Ok(_) => Ok(()),
             Err(error) if self.goes_on => {
@@ -143,6 +150,7 @@ impl Copy<'_> {
     /// Those that are kept; others begin anew in any qube.
     fn volumes(&self) -> Outcome<()> {
         for volume in self.api.names("admin.vm.volume.List", self.to, "")? {
+            self.interrupts.check()?;
             let info = self.api.text("admin.vm.volume.Info", self.to, &volume)?;
             if !pairs(&info, '\n').any(|pair| pair == ("save_on_stop", "True")) {
                 continue;
@@ -150,6 +158,6 @@ impl Copy<'_> {
             let token = self.api.text("admin.vm.volume.CloneFrom", self.from, &volume).map_err(failed)?;
             self.api.call("admin.vm.volume.CloneTo", self.to, &volume, &token).map_err(failed)?;
         }
-        Ok(())
+        self.interrupts.check()
     }
 }

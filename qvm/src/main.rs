@@ -15,6 +15,7 @@ mod create;
 mod features;
 mod files;
 mod firewall;
+mod interrupt;
 mod legacy;
 mod ls;
 mod names;

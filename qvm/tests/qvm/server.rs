@@ -7,8 +7,10 @@ use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use admin_api::{Exception, Kind, Reply, Request};
+use nix::sys::signal::Signal;
 
 /// Requests as `METHOD+ARGUMENT DESTINATION PAYLOAD`, without what is empty.
 type Asked = Arc<Mutex<Vec<String>>>;
@@ -18,8 +20,15 @@ pub struct Server {
     asked: Asked,
 }
 
-/// What a line of a table is answered: `!KIND MESSAGE` is an exception, `!` a connection that is closed.
+/// How long an answer takes that takes its time: long enough to be interrupted.
+const LATE: Duration = Duration::from_millis(500);
+
+/// What a line of a table is answered: `!KIND MESSAGE` is an exception, `!` a connection that is closed, `~TEXT` an answer that comes late.
 fn answer(text: &str) -> Vec<u8> {
+    if let Some(text) = text.strip_prefix('~') {
+        thread::sleep(LATE);
+        return answer(text);
+    }
     match text.strip_prefix('!') {
         None => Reply::Ok(text.into()).encode(),
         Some("") => Vec::new(),
@@ -88,6 +97,18 @@ impl Server {
         let mut words = line.split(' ');
         let tool = words.next().unwrap();
         Ended::of(self.command(tool).args(words).output().unwrap())
+    }
+
+    /// Runs a tool, and sends it a signal while it waits for the answer to this request.
+    pub fn interrupt(&self, command: &mut Command, request: &str, signal: Signal) -> Ended {
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !self.asked.lock().unwrap().iter().any(|line| line == request) {
+            assert!(Instant::now() < deadline, "{request} is not asked");
+            thread::sleep(Duration::from_millis(2));
+        }
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+        Ended::of(child.wait_with_output().unwrap())
     }
 
     /// What was asked since the last time, but for the list of qubes.

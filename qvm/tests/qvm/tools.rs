@@ -4,6 +4,8 @@ use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
+use nix::sys::signal::Signal;
+
 use crate::server::{Ended, Server};
 
 const LIST: (&str, &str) = (
@@ -384,6 +386,47 @@ fn clone_copies_settings_and_the_volumes_that_are_kept() {
     assert_eq!((told.status, told.err.as_str()), (0, "bad: Failed to set netvm property: loops\n"));
     server.run("qvm-clone -C DispVM -p private=ram work new").fails(1, "qvm-clone: error: no");
     server.run("qvm-clone nix new").fails(2, "qvm-clone: error: no such domain: 'nix'");
+}
+
+#[test]
+fn a_clone_that_is_interrupted_is_removed() {
+    let clone = "admin.vm.volume.CloneTo+private new t0k3n";
+    let create = "admin.vm.Create.AppVM+debian-13 dom0 name=new label=blue";
+    let server = server(&[
+        WORK,
+        (create, "~"),
+        ("admin.vm.volume.List new", "private\n"),
+        ("admin.vm.volume.Info+private new", "size=1\nsave_on_stop=True\n"),
+        ("admin.vm.volume.CloneFrom+private work", "t0k3n"),
+        (clone, "~"),
+        ("admin.vm.firewall.Get work", "action=accept\n"),
+        ("admin.vm.firewall.Set new action=accept\n", "~"),
+        ("admin.vm.Remove new", ""),
+        ("admin.vm.tag.List work", ""),
+        ("admin.vm.tag.List new", ""),
+        ("admin.vm.feature.List work", ""),
+        ("admin.vm.feature.List new", ""),
+        ("admin.vm.property.Set+netvm new sys-net", ""),
+    ]);
+    for (during, signal, status) in [
+        (create, Signal::SIGTERM, 143),
+        (clone, Signal::SIGINT, 130),
+        ("admin.vm.firewall.Set new action=accept\n", Signal::SIGHUP, 129),
+    ] {
+        let mut command = server.command("qvm-clone");
+        let ended = server.interrupt(command.args(["--ignore-errors", "work", "new"]), during, signal);
+        ended.fails(status, "qvm-clone: error: interrupted");
+        let asked = server.asked();
+        assert_eq!(asked.last().unwrap(), "admin.vm.Remove new", "{during}: {asked:?}");
+        assert!(!asked.iter().any(|line| line.contains("netvm new")), "{during}: {asked:?}");
+    }
+    // As under nohup, or in the background of a script.
+    let tool = server.command("qvm-clone");
+    let mut ignores = Command::new("sh");
+    ignores.args(["-c", "trap '' INT HUP; exec \"$0\" qvm-clone work new"]).arg(tool.get_program());
+    ignores.envs(tool.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    server.interrupt(&mut ignores, clone, Signal::SIGINT).is(0, "");
+    assert!(!server.asked().iter().any(|line| line.starts_with("admin.vm.Remove")));
 }
 
 #[test]
