@@ -416,6 +416,42 @@ fn with_files(qubes: &Qubes, name: &str) {
 }
 
 #[test]
+fn only_dom0_hears_where_its_files_are() {
+    let qubes = Qubes::new();
+    with_files(&qubes, "one");
+    let private = qubes.state.qube("one").join("private");
+    fs::rename(&private, private.with_file_name("aside")).unwrap();
+    let import = |caller: &str| {
+        let reply = control_plane::admin::import_volume(
+            &qubes.state,
+            caller,
+            "one",
+            "private",
+            &mut "hello".as_bytes(),
+            false,
+        );
+        let Some(admin_api::Reply::Exception(exception)) = reply else { panic!("{reply:?}") };
+        exception.message()
+    };
+    let resize = |caller: &str| {
+        let mut request =
+            Request::new("admin.vm.volume.Resize", "one").argument("private").payload("3221225472");
+        request.source = caller.to_owned();
+        match call_within(&qubes.socket(), &request, Duration::from_secs(10)) {
+            Err(ApiError::Exception(exception)) => exception.message(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let root = qubes.state.root().display().to_string();
+    for refused in [&import as &dyn Fn(&str) -> String, &resize] {
+        let (whole, told) = (refused("dom0"), refused("work"));
+        assert!(whole.contains(&root), "{whole}");
+        assert!(!told.contains('/') && told.contains("(a file)"), "{told}");
+        assert!(told.contains("No such file"), "it says why: {told}");
+    }
+}
+
+#[test]
 fn a_private_volume_grows_is_cloned_and_reverted_and_others_say_why_not() {
     let qubes = Qubes::new();
     for name in ["one", "two"] {
@@ -432,7 +468,7 @@ fn a_private_volume_grows_is_cloned_and_reverted_and_others_say_why_not() {
     };
     let import = |text: &str, with_size: bool| {
         let mut text = text.as_bytes();
-        control_plane::admin::import_volume(&qubes.state, "one", "private", &mut text, with_size)
+        control_plane::admin::import_volume(&qubes.state, "dom0", "one", "private", &mut text, with_size)
     };
     assert!(matches!(import("hello", false), Some(admin_api::Reply::Ok(_))));
     assert_eq!(data("one"), *b"hello\0");

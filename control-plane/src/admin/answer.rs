@@ -4,10 +4,11 @@
 //! on calls that are malformed or not permitted (PermissionDenied, ProtocolError): QubesOS/qubes-core-admin
 //! `qubes/api/__init__.py`, `QubesDaemonProtocol.respond`, R4.3.
 
-use admin_api::{Exception, Kind};
+use admin_api::{Exception, Kind, ADMIN_VM};
 
 use crate::error::Error;
-use crate::output::error_text;
+use crate::output::{error_text, without_paths};
+use crate::state::State;
 
 /// Why a call has no answer.
 #[derive(Debug)]
@@ -46,6 +47,17 @@ pub(super) fn enforce(holds: bool, why: &str) -> Answer<()> {
         true => Ok(()),
         false => Err(silent(why)),
     }
+}
+
+/// The exception as its caller is told it: nobody but dom0 hears where dom0's files are, which its log says.
+pub(super) fn told(exception: Exception, caller: &str, state: &State) -> Exception {
+    let whole = exception.message();
+    let text = without_paths(&whole, state.root());
+    if caller == ADMIN_VM || text == whole {
+        return exception;
+    }
+    tracing::warn!("{caller} is told without the paths: {whole}");
+    Exception::new(exception.kind, &text)
 }
 
 impl From<Error> for Refusal {

@@ -44,10 +44,11 @@ use crate::state::State;
 
 pub use system_info::system_info;
 
-/// The services `admin.vm.volume.Import` and `ImportWithSize`: fills a volume of a qube with what is read, and answers as the API does. `None`: it
-/// says nothing, as the API hangs up.
+/// The services `admin.vm.volume.Import` and `ImportWithSize`: fills a volume of a qube with what is read, and answers `caller` as the API
+/// does. `None`: it says nothing, as the API hangs up.
 pub fn import_volume(
     state: &State,
+    caller: &str,
     name: &str,
     volume: &str,
     data: &mut impl BufRead,
@@ -56,7 +57,9 @@ pub fn import_volume(
     let context = world::Context::new(state.clone());
     match volume_change::import(&context, name, volume, data, with_size) {
         Ok(()) => Some(Reply::Ok(Vec::new())),
-        Err(answer::Refusal::Exception(exception)) => Some(Reply::Exception(exception)),
+        Err(answer::Refusal::Exception(exception)) => {
+            Some(Reply::Exception(answer::told(exception, caller, state)))
+        }
         Err(answer::Refusal::Silent(why)) => {
             tracing::warn!("{why}");
             None

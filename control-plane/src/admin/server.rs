@@ -20,7 +20,7 @@ use admin_api::{DecodeError, Reply, Request, REQUEST_BYTES_MAX};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::unistd::Gid;
 
-use super::answer::Refusal;
+use super::answer::{told, Refusal};
 use super::lobby::{Lobby, Places};
 use super::world::Context;
 use super::{api, events};
@@ -234,14 +234,14 @@ impl Server {
         }
         match answer {
             Ok(data) => stream.write_all(&Reply::Ok(data).encode()),
-            Err(refusal) => refuse(stream, &request, refusal),
+            Err(refusal) => self.refuse(stream, &request, refusal),
         }
     }
 
     fn tell_events(&self, mut stream: &UnixStream, request: &Request) -> io::Result<()> {
         let about = match api::events_about(&self.context, request) {
             Ok(about) => about,
-            Err(refusal) => return refuse(stream, request, refusal),
+            Err(refusal) => return self.refuse(stream, request, refusal),
         };
         let Some(_place) = self.listeners.take() else {
             tracing::warn!("more than {LISTENERS_MAX} clients want events");
@@ -256,6 +256,23 @@ impl Server {
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Err(RecvTimeoutError::Timeout) if has_gone(stream) => return Ok(()),
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+    }
+
+    fn refuse(&self, mut stream: &UnixStream, request: &Request, refusal: Refusal) -> io::Result<()> {
+        let Request { method, argument, source, destination, payload } = request;
+        match refusal {
+            Refusal::Exception(exception) => {
+                let exception = told(exception, source, &self.context.state);
+                stream.write_all(&Reply::Exception(exception).encode())
+            }
+            Refusal::Silent(why) => {
+                let bytes = payload.len();
+                tracing::warn!(
+                    "hung up on {method}+{argument} ({source} → {destination}, {bytes} bytes): {why}"
+                );
+                Ok(())
             }
         }
     }
@@ -275,18 +292,6 @@ impl Server {
             }
             self.look();
             std::thread::sleep(events::LOOK_EVERY);
-        }
-    }
-}
-
-fn refuse(mut stream: &UnixStream, request: &Request, refusal: Refusal) -> io::Result<()> {
-    let Request { method, argument, source, destination, payload } = request;
-    match refusal {
-        Refusal::Exception(exception) => stream.write_all(&Reply::Exception(exception).encode()),
-        Refusal::Silent(why) => {
-            let bytes = payload.len();
-            tracing::warn!("hung up on {method}+{argument} ({source} → {destination}, {bytes} bytes): {why}");
-            Ok(())
         }
     }
 }

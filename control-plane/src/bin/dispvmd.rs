@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use admin_api::Reply;
+use admin_api::{Reply, ADMIN_VM};
 use clap::{Parser, Subcommand};
 use control_plane::admin;
 use control_plane::cli::{fail, generate_if_asked, machine, start_log, Common};
@@ -133,7 +133,10 @@ fn run(options: Options) -> Result<()> {
 
 /// A refusal is the service's answer, and told by its status beside.
 fn import(state: &State, with_size: bool, name: &str, volume: &str) -> Result<()> {
-    let reply = admin::import_volume(state, name, volume, &mut io::stdin().lock(), with_size);
+    // As a service it is told who calls; whoever runs it by hand is in dom0.
+    let caller = std::env::var_os("QREXEC_REMOTE_DOMAIN");
+    let caller = caller.map_or(ADMIN_VM.into(), |caller| caller.to_string_lossy().into_owned());
+    let reply = admin::import_volume(state, &caller, name, volume, &mut io::stdin().lock(), with_size);
     let bytes = reply.as_ref().map_or(Vec::new(), Reply::encode);
     io::stdout().write_all(&bytes).map_err(Error::failed("answer"))?;
     match reply {
