@@ -37,6 +37,7 @@ fn setup() -> &'static PathBuf {
                 "test.Stubborn",
                 "sh -c 'trap \"\" TERM; echo $$ > \"$0\"; sleep 60' \"$(dirname \"$0\")/stubborn\" & wait",
             ),
+            ("test.Logged", "tr '\\0' '\\n' < /proc/$PPID/environ | grep -c ^DISPVM_CALL_UNLOGGED="),
             ("test.Much", "head -c 1000000 /dev/zero"),
         ] {
             let path = folder.join("rpc").join(name);
@@ -104,6 +105,29 @@ fn a_call_that_policy_allows_has_its_streams_and_its_exit() {
     assert_eq!(guest.outcome(stream).2, Exit::Code(127));
     assert_eq!(client::status(&guest.state, SOURCE).unwrap().calls_out, 0);
     assert!(matches!(guest.end(), Ok(Ending::PoweredOff)));
+}
+
+/// What becomes of calls is logged by their processes, which are told whether to.
+#[test]
+fn of_a_guest_that_makes_many_calls_at_once_not_all_are_logged() {
+    const MANY: u32 = CALLS_OUT_MAX as u32;
+    let mut guest = guest();
+    for number in 1..=MANY {
+        guest.calls(number, "dom0", "test.Logged");
+    }
+    let (mut said, mut ended) = (String::new(), 0);
+    while ended < MANY {
+        match guest.agent.hear_any() {
+            HostFrame::CallStdout { bytes, .. } => said += std::str::from_utf8(&bytes).unwrap(),
+            HostFrame::CallExited { .. } => ended += 1,
+            HostFrame::CallRefused { .. } => panic!("refused"),
+            _ => {}
+        }
+    }
+    let (logged, unlogged) = (said.matches("0\n").count(), said.matches("1\n").count());
+    assert_eq!(logged + unlogged, MANY as usize, "{said}");
+    assert!(logged >= 20 && unlogged > 0, "{logged} are logged");
+    guest.end().unwrap();
 }
 
 #[test]

@@ -82,7 +82,7 @@ fn main() -> ExitCode {
                 return ExitCode::from(status);
             }
             if options.quiet {
-                system_log::say("dispvm-launch", &error_text(&error));
+                system_log::say_of_call("dispvm-launch", &error_text(&error));
                 return ExitCode::from(status);
             }
             fail("dispvm-launch", &error, status)
@@ -98,7 +98,7 @@ fn launch(options: &Options, start: Instant) -> Result<Report> {
     let label =
         options.label.clone().filter(|label| Qube::load(&state, &dvm).is_ok_and(|qube| qube.label != *label));
     let say = |text: &str| match options.quiet {
-        true => system_log::say("dispvm-launch", text),
+        true => system_log::say_of_call("dispvm-launch", text),
         false => eprintln!("dispvm-launch: {text}"),
     };
     launcher::run(

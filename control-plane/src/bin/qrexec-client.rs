@@ -102,7 +102,7 @@ fn main() -> ExitCode {
                 _ => text::EXIT_PROBLEM,
             };
             if options.quiet {
-                system_log::say("qrexec-client", &error_text(&error));
+                system_log::say_of_call("qrexec-client", &error_text(&error));
                 return ExitCode::from(status);
             }
             fail("qrexec-client", &error, status)

@@ -75,7 +75,7 @@ fn main() -> ExitCode {
                 Ok(status) => return ExitCode::from(status),
                 Err(error) => error,
             };
-            system_log::say(NAME, &format!("{text}, but cannot be carried out: {error}"));
+            system_log::say_of_call(NAME, &format!("{text}, but cannot be carried out: {error}"));
             ExitCode::from(EXIT_PROBLEM)
         }
         Err(error) => {
@@ -106,7 +106,7 @@ fn carry_out(carrier: Carrier, text: &str) -> io::Result<u8> {
     match carrier {
         Carrier::Program(mut command) => Err(command.exec()),
         Carrier::InDom0(service) => {
-            service.notes().iter().for_each(|note| system_log::say(NAME, &format!("{text}: {note}")));
+            service.notes().iter().for_each(|note| system_log::say_of_call(NAME, &format!("{text}: {note}")));
             service.serve()
         }
         Carrier::Nothing(why) => Err(io::Error::other(why)),
@@ -131,7 +131,7 @@ fn prepare(options: &Options) -> Result<(String, Carrier)> {
 
 /// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out.
 fn tell(teller: &mut Teller, accepted: bool, text: &str) -> bool {
-    system_log::say(NAME, text);
+    system_log::say_of_call(NAME, text);
     // One line, whatever an error's text has.
     teller.tell(accepted, &text.replace(['\n', '\r'], " "))
 }

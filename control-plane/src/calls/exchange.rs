@@ -275,7 +275,7 @@ impl Hub {
         for command in self.commands.values_mut() {
             command.kill_if_due(now, link)?;
         }
-        self.outgoing.kill_those_due();
+        self.outgoing.do_what_is_due();
         if self.wire.settle() == Wants::Offer {
             link.queue(&HostFrame::ServeCalls)?;
         }

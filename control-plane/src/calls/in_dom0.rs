@@ -141,7 +141,7 @@ fn program(state: &State, asked: &Asked, user: &str, path: &Path) -> Result<Comm
 
 /// Who calls, and nothing of what somebody told us.
 fn tell(command: &mut Command, asked: &Asked) {
-    command.env_remove(super::verdict::VARIABLE);
+    command.env_remove(super::verdict::VARIABLE).env_remove(super::system_log::UNLOGGED);
     for (variable, _) in std::env::vars_os() {
         if variable.to_string_lossy().starts_with("QREXEC") {
             command.env_remove(variable);

@@ -45,6 +45,7 @@ pub mod service;
 mod supervise;
 pub mod system_log;
 pub mod verdict;
+mod verdict_log;
 mod watch;
 pub mod wire;
 

@@ -21,6 +21,7 @@ use super::flow::{Heard, Input, Output, Wrote, READ_BYTES};
 use super::process::{self, Errand, Process, Streams};
 use super::rate::{Rate, Turn};
 use super::verdict::{Refusals, Verdict};
+use super::verdict_log::VerdictLog;
 use crate::agent_link::AgentLink;
 use crate::session::SessionError;
 use crate::state::State;
@@ -46,6 +47,7 @@ pub(super) struct Outgoing {
     /// Those that go another way, which count as well.
     pub(super) elsewhere: usize,
     pub(super) refusals: Refusals,
+    pub(super) verdicts: VerdictLog,
     rate: Rate,
 }
 
@@ -70,8 +72,9 @@ impl Outgoing {
     }
 
     fn by(caller: Option<(State, String)>) -> Outgoing {
+        let verdicts = VerdictLog::of(caller.as_ref().map_or("", |(_, name)| name));
         let (refusals, rate) = (Refusals::none(), Rate::new());
-        Outgoing { caller, calls: BTreeMap::new(), elsewhere: 0, refusals, rate }
+        Outgoing { caller, calls: BTreeMap::new(), elsewhere: 0, refusals, verdicts, rate }
     }
 
     /// Whether a call that goes another way comes too soon.
@@ -128,7 +131,7 @@ impl Outgoing {
         let started = match &self.caller {
             Some((_, name)) if is_too_often(&mut self.rate, name) => None,
             Some((state, name)) if self.calls.len() + self.elsewhere < CALLS_OUT_MAX => {
-                CallOut::start(state, name, call)
+                CallOut::start(state, name, call, self.verdicts.takes(Instant::now()))
                     .map_err(|error| self.refusals.log(&format!("cannot start a call of {name}: {error}")))
                     .ok()
             }
@@ -152,11 +155,12 @@ impl Outgoing {
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.calls.values().filter_map(|call| call.process.kill_at()).min()
+        self.calls.values().filter_map(|call| call.process.kill_at()).chain(self.verdicts.deadline()).min()
     }
 
-    /// Kills what was told to end long enough ago.
-    pub(super) fn kill_those_due(&mut self) {
+    /// Kills what was told to end long enough ago, and tells what was not logged.
+    pub(super) fn do_what_is_due(&mut self) {
+        self.verdicts.tell_if_due(Instant::now());
         self.calls.values_mut().for_each(|call| call.process.kill_if_due());
     }
 
@@ -191,8 +195,8 @@ impl Outgoing {
 }
 
 impl CallOut {
-    fn start(state: &State, name: &str, call: &Call) -> io::Result<CallOut> {
-        let errand = Errand { state, name, target: &call.target, service: &call.service };
+    fn start(state: &State, name: &str, call: &Call, logged: bool) -> io::Result<CallOut> {
+        let errand = Errand { state, name, target: &call.target, service: &call.service, logged };
         let (process, Streams { stdin, stdout, stderr }) = Process::start(&errand)?;
         Ok(CallOut {
             process,

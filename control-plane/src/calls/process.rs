@@ -23,6 +23,7 @@ use rustix::io::FdFlags;
 use rustix::process::{waitid, PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus};
 
 use super::programs;
+use super::system_log;
 use super::verdict::{self, Refusals, Verdict};
 use crate::state::State;
 
@@ -38,6 +39,8 @@ pub(super) struct Errand<'a> {
     pub(super) name: &'a str,
     pub(super) target: &'a Target,
     pub(super) service: &'a Service,
+    /// Whether what was decided is logged.
+    pub(super) logged: bool,
 }
 
 /// The call's streams, from our side.
@@ -53,6 +56,7 @@ pub(super) struct Process {
     ended: OwnedFd,
     /// Says what was decided; taken once it has.
     verdict: Option<OwnedFd>,
+    logged: bool,
     exit: Option<Exit>,
     kill_at: Option<Instant>,
     /// By when it was to end by itself.
@@ -85,6 +89,11 @@ impl Process {
         }
         command.arg("--").args([errand.name, &errand.target.to_string(), &errand.service.to_string()]);
         command.env(verdict::VARIABLE, tell.as_raw_fd().to_string());
+        // We may be what came of another call.
+        match errand.logged {
+            true => command.env_remove(system_log::UNLOGGED),
+            false => command.env(system_log::UNLOGGED, "1"),
+        };
         command.stdin(stdio()).stdout(stdio()).stderr(stdio());
         command.process_group(0);
         rustix::io::fcntl_setfd(&tell, FdFlags::empty())?;
@@ -97,6 +106,7 @@ impl Process {
                 child,
                 ended,
                 verdict: Some(verdict.into()),
+                logged: errand.logged,
                 exit: None,
                 kill_at: None,
                 overdue_at: None,
@@ -135,7 +145,7 @@ impl Process {
 
     /// What was decided, once.
     pub(super) fn hear_verdict(&mut self, refusals: &mut Refusals) -> Option<Verdict> {
-        self.verdict.take().map(|verdict| verdict::hear(verdict, refusals))
+        self.verdict.take().map(|verdict| verdict::hear(verdict, refusals, self.logged))
     }
 
     /// Notes how it has ended, if it has.

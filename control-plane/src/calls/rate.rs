@@ -1,6 +1,7 @@
 //! How often a guest may call: each call costs us a process that reads the policy and the records, whatever becomes of it.
 //!
-//! A bucket of [`BURST`] tokens, of which each call takes one and [`PER_SECOND`] come back each second. A call without a token is refused.
+//! A bucket of [`BURST`] tokens, of which each call takes one and [`PER_SECOND`] come back each second. A call without a token is refused. Of what is
+//! logged of calls there is a smaller one.
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,8 @@ const PER_SECOND: u32 = 100;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Rate {
+    burst: u32,
+    per_second: u32,
     tokens: u32,
     /// When the last token came back.
     since: Instant,
@@ -31,17 +34,23 @@ pub(super) enum Turn {
 }
 
 impl Rate {
+    /// Of calls.
     pub(super) fn new() -> Rate {
-        Rate { tokens: BURST, since: Instant::now(), told: false }
+        Rate::of(BURST, PER_SECOND)
+    }
+
+    /// So many at once, and so many a second, at least one.
+    pub(super) fn of(burst: u32, per_second: u32) -> Rate {
+        Rate { burst, per_second: per_second.max(1), tokens: burst, since: Instant::now(), told: false }
     }
 
     /// Takes a token, if there is one.
     pub(super) fn take(&mut self, now: Instant) -> Turn {
-        let period = Duration::from_secs(1) / PER_SECOND;
+        let period = Duration::from_secs(1) / self.per_second;
         let back = now.saturating_duration_since(self.since).as_nanos() / period.as_nanos();
         let back = u32::try_from(back).unwrap_or(u32::MAX);
-        if back >= BURST - self.tokens {
-            (self.tokens, self.since) = (BURST, now);
+        if back >= self.burst - self.tokens {
+            (self.tokens, self.since) = (self.burst, now);
         } else {
             self.tokens += back;
             self.since += period * back;
@@ -50,7 +59,7 @@ impl Rate {
             Some(left) => {
                 self.tokens = left;
                 // Known for as long as calls come faster than they may.
-                self.told &= left < BURST / 2;
+                self.told &= left < self.burst / 2;
                 Turn::Taken
             }
             None => Turn::TooOften { news: !std::mem::replace(&mut self.told, true) },

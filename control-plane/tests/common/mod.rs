@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -100,7 +100,11 @@ impl Agent {
             if let Some(frame) = self.frames.pop_front() {
                 return frame;
             }
-            let count = self.stream.read(&mut buffer).expect("a frame from the holder");
+            let count = match self.stream.read(&mut buffer) {
+                // The holder's thread waits for SIGCHLD, which then comes here too, and a read with a limit is not begun anew.
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                count => count.expect("a frame from the holder"),
+            };
             assert!(count > 0, "the holder has gone");
             let mut input = &buffer[..count];
             while let Some(raw) = self.decoder.next(&mut input).unwrap() {

@@ -96,7 +96,8 @@ impl Calls {
             other.refusals.log(NO_PORT);
             return Err(request);
         };
-        let errand = Errand { state, name, target: &target, service: &service };
+        let logged = other.verdicts.takes(Instant::now());
+        let errand = Errand { state, name, target: &target, service: &service, logged };
         match Process::start_meeting(&errand, (domain, port)) {
             Ok(process) => {
                 self.add(Some(port), Whose::Guest { process, request: Some(request) });
