@@ -18,6 +18,8 @@ use control_plane::calls::carry_out::CLONES_MAX;
 use control_plane::clones::{Keeping, Lease};
 use control_plane::daemon::channel::Listener;
 use control_plane::state::State;
+use nix::sys::signal::{killpg, Signal};
+use nix::unistd::Pid;
 
 const POLICY: &str = "
 test.Env      *    work        dom0    allow
@@ -376,36 +378,65 @@ fn count(marker: &str) -> usize {
     output.stdout.iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// A holder that is killed can end nothing: the first process of the call does, and has its group killed where it does not heed that.
-#[test]
-fn all_processes_of_a_service_end_with_a_holder_that_is_killed() {
-    let qubes = Setup::new();
+/// Has a holder make the call, whose program at `script` starts three processes and waits; once they are there, the holder is killed, or else the call
+/// is told to end as a holder tells it. All three end.
+fn ends_with_its_holder(qubes: &Setup, script: &str, call: [&str; 3], is_killed: bool) {
     // Its first process is told and ends, another is told in vain; and one has its own children.
-    let marker = format!("4242.{}", std::process::id());
+    let marker = format!("4242.{}{}", std::process::id(), script.len());
     qubes.script(
-        "rpc/test.Args",
-        &format!("(trap '' TERM; exec sleep {marker}1) & (sleep {marker}2; true) & echo runs; exec sleep {marker}3"),
+        script,
+        &format!("(trap '' TERM; exec sleep {marker}1) & (sleep {marker}2; true) & exec sleep {marker}3"),
     );
-    let call = qubes.command(["work", "dom0", "test.Args"]);
+    let mut call = qubes.command(call);
+    call.env("DISPVM_ASK_PROMPT", qubes.path("prompt"));
     let mut holder = Command::new("sh");
-    holder.args(["-c", "setsid \"$@\" & wait", "sh"]).arg(call.get_program()).args(call.get_args());
+    holder.args(["-c", "setsid \"$@\" & echo $!; wait", "sh"]).arg(call.get_program()).args(call.get_args());
     holder.envs(call.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let mut holder =
         holder.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut out = BufReader::new(holder.stdout.take().unwrap());
     let mut line = String::new();
     out.read_line(&mut line).unwrap();
-    assert_eq!(line, "runs\n");
+    let first: i32 = line.trim().parse().unwrap();
     let all = format!("sleep {marker}");
     let start = Instant::now();
     while count(&all) < 3 {
-        assert!(start.elapsed() < LIMIT, "{} of 3 started", count(&all));
+        assert!(start.elapsed() < LIMIT, "{script}: {} of 3 started", count(&all));
     }
-    holder.kill().unwrap();
+    let group = Pid::from_raw(first);
+    if is_killed {
+        holder.kill().unwrap();
+    } else {
+        killpg(group, Signal::SIGTERM).unwrap();
+    }
     holder.wait().unwrap();
+    if !is_killed {
+        // As the holder does when the first process has ended.
+        killpg(group, Signal::SIGKILL).unwrap();
+    }
     while count(&all) > 0 {
-        assert!(start.elapsed() < LIMIT, "{} are still there", count(&all));
+        assert!(start.elapsed() < LIMIT, "{script}: {} are still there", count(&all));
         std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A holder that is killed can end nothing: the first process of the call does, and has its group killed where it does not heed that.
+#[test]
+fn all_processes_of_a_service_end_with_a_holder_that_is_killed() {
+    ends_with_its_holder(&Setup::new(), "rpc/test.Args", ["work", "dom0", "test.Args"], true);
+}
+
+#[test]
+fn what_runs_before_a_service_ends_with_the_holder_too_and_the_service_is_not_run() {
+    for is_killed in [true, false] {
+        let qubes = Setup::new();
+        fs::write(qubes.path("config/test.Args"), "wait-for-session=1\n").unwrap();
+        let ran = qubes.path("ran");
+        qubes.script("rpc/test.Args", &format!("touch {}", ran.display()));
+        let call = ["work", "dom0", "test.Args"];
+        ends_with_its_holder(&qubes, "rpc/qubes.WaitForSession", call, is_killed);
+        assert!(!ran.exists(), "the service was run");
+        ends_with_its_holder(&qubes, "prompt", ["work", "vault", "qubes.OpenURL"], is_killed);
     }
 }
 

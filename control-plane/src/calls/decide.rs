@@ -1,12 +1,16 @@
 //! What becomes of a call out of a guest: the policy is asked, and somebody if the policy says so.
 
 use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use policy::{Allow, Answer, Ask, Denial, Destination, Policy, Prompt, Qube, Request, System};
 use qrexec::service::{QubeName, Service, Target};
+use rustix::fs::{memfd_create, MemfdFlags};
 
+use super::supervise;
 use crate::admin;
 use crate::error::{Error, Kind, Result};
 use crate::state::State;
@@ -126,10 +130,10 @@ impl Prompt for Program<'_> {
         let mut command = Command::new(self.0);
         command.args([&request.source, &service, &default]);
         command.args(question.targets.iter().map(Destination::to_string));
-        let asked = command.stdin(Stdio::null()).stderr(Stdio::null()).output();
-        match asked {
-            Ok(answer) if answer.status.success() && answer.stdout.len() <= ANSWER_BYTES_MAX => {
-                let text = String::from_utf8_lossy(&answer.stdout);
+        command.stdin(Stdio::null()).stderr(Stdio::null());
+        match output(command) {
+            Ok((status, answer)) if status.success() && answer.len() <= ANSWER_BYTES_MAX => {
+                let text = String::from_utf8_lossy(&answer);
                 let chosen = question.targets.iter().find(|target| target.to_string() == text.trim());
                 chosen.cloned().map_or(Answer::Deny, Answer::Allow)
             }
@@ -137,4 +141,15 @@ impl Prompt for Program<'_> {
             Err(_) => Answer::Nobody,
         }
     }
+}
+
+/// What it prints, of which one byte too many may be there, into memory: a pipe would have to be read while the program is waited for.
+fn output(mut command: Command) -> io::Result<(ExitStatus, Vec<u8>)> {
+    let mut printed = File::from(memfd_create("answer", MemfdFlags::CLOEXEC)?);
+    command.stdout(printed.try_clone()?);
+    let status = supervise::run_before(command)?;
+    printed.rewind()?;
+    let mut answer = Vec::new();
+    printed.take(ANSWER_BYTES_MAX as u64 + 1).read_to_end(&mut answer)?;
+    Ok((status, answer))
 }

@@ -91,9 +91,9 @@ impl InDom0 {
     /// Serves the call with this process's standard streams: runs the program, or carries bytes until the call is over. The status is the
     /// service's; an error says why the call has failed.
     pub fn serve(self) -> std::io::Result<u8> {
-        if let Some(mut session) = self.session {
+        if let Some(session) = self.session {
             // As with Qubes: whatever comes of it, the service is run.
-            let _ = session.status();
+            let _ = supervise::run_before(session);
         }
         match self.work {
             Work::Program(command) => supervise::run(*command),
