@@ -55,6 +55,31 @@ fn sixty_four_mebibytes_go_through_cat() {
     host.hang_up();
 }
 
+#[test]
+fn pieces_that_come_together_reach_each_their_own_stream() {
+    let mut host = Host::connect();
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    host.exec(1, ["cat"]);
+    host.sh(2, &format!("cat > {}", file.path().display()));
+    let input = noise(200 * 100);
+    let (mut words, mut wanted) = (Vec::new(), [Vec::new(), Vec::new()]);
+    for (number, piece) in input.chunks(100).enumerate() {
+        // More in a row than are handed on at once, and frames without a byte among them.
+        let stream = if number < 150 { 1 } else { 1 + number % 2 };
+        wanted[stream - 1].extend_from_slice(piece);
+        for bytes in [piece, b""] {
+            HostFrame::Stdin { stream: stream as u32, bytes: bytes.to_vec() }.encode(&mut words).expect("encodes");
+        }
+    }
+    host.socket.write_all(&words).expect("the agent reads");
+    host.say(HostFrame::StdinEof { stream: 1 });
+    assert!(host.finish(1).stdout == wanted[0], "the bytes differ");
+    host.say(HostFrame::StdinEof { stream: 2 });
+    host.finish(2);
+    assert!(std::fs::read(file.path()).expect("reads") == wanted[1], "the bytes differ");
+    host.hang_up();
+}
+
 /// Takes output without giving credit, and insists that it stops at the window.
 fn take_without_credit(host: &mut Host, stream: u32) {
     let mut taken = 0;
