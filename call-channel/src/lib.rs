@@ -90,6 +90,9 @@ pub enum Broken {
     /// Whoever wanted the call has hung up.
     #[error("whoever asked for the call has hung up")]
     HungUp,
+    /// The peer does not come, as who was to have it come knows.
+    #[error("the other end of the call does not come")]
+    NotMet,
     /// The peer has not begun to speak in time.
     #[error("the other end of the call has not come in time")]
     Late,

@@ -21,6 +21,8 @@ use crate::{Broken, Came, Slot, Streams, NOTHING_CAME, SLOTS};
 pub struct Watch<'a> {
     /// Readable or hung up: whoever wanted the call does not any more.
     pub until: Option<BorrowedFd<'a>>,
+    /// Of whoever has the peer come to a client. Readable: it will not, unless it has said its Hello by then; from there on only the hang-up counts.
+    pub broker: Option<BorrowedFd<'a>>,
     /// When the peer has to have said its Hello.
     pub hello_by: Option<Instant>,
 }
@@ -79,14 +81,27 @@ pub fn status(exit: ExitStatus) -> i32 {
 pub fn run_client<C: Channel>(channel: C, streams: Streams, watch: Watch<'_>) -> Result<i32, Broken> {
     let mut client = Client::new(channel, streams);
     let mut came = NOTHING_CAME;
+    let mut told = PollFlags::empty();
     loop {
         if let Some(exit) = client.turn(came)? {
             return Ok(exit);
         }
+        // What the peer had said before the broker spoke has been heard now.
+        let readable = told.contains(PollFlags::POLLIN);
+        if readable && !client.has_agreed() {
+            return Err(Broken::NotMet);
+        }
+        if !readable && !told.is_empty() {
+            return Err(Broken::HungUp);
+        }
         let hello_by = watch.hello_by.filter(|_| !client.has_agreed());
+        let wanted = if client.has_agreed() { PollFlags::empty() } else { PollFlags::POLLIN };
         let ready = client.is_ready();
-        came = wait(client.slots(), watch, None, ready, hello_by)?.0;
-        late(hello_by)?;
+        (came, told) =
+            wait(client.slots(), watch, watch.broker.map(|broker| (broker, wanted)), ready, hello_by)?;
+        if told.is_empty() {
+            late(hello_by)?;
+        }
     }
 }
 
@@ -119,12 +134,16 @@ pub fn run_service<C: Channel>(
         let hello_by = watch.hello_by.filter(|_| !service.has_agreed());
         let deadline = service.deadline().into_iter().chain(hello_by).min();
         let ready = service.is_ready();
+        let also = exit.as_deref().map(|exit| (exit.as_fd(), PollFlags::POLLIN));
         let ended;
-        (came, ended) =
-            wait(service.slots(), watch, exit.as_deref().map(|exit| exit.as_fd()), ready, deadline)?;
+        (came, ended) = wait(service.slots(), watch, also, ready, deadline)?;
         late(hello_by)?;
-        let code =
-            exit.as_mut().filter(|_| ended).map(|exit| exit.status()).transpose().map_err(Broken::Wait)?;
+        let code = exit
+            .as_mut()
+            .filter(|_| !ended.is_empty())
+            .map(|exit| exit.status())
+            .transpose()
+            .map_err(Broken::Wait)?;
         if let Some(code) = code.flatten() {
             (exit, status) = (None, code);
             service.end(code);
@@ -139,17 +158,16 @@ fn late(by: Option<Instant>) -> Result<(), Broken> {
     }
 }
 
-/// Waits for a slot, for `also`, or until a time: what came at the slots, and whether `also` did.
+/// Waits for a slot, for `also`, or until a time: what came at the slots, and what at `also`.
 fn wait(
     slots: [Slot<'_>; SLOTS],
     watch: Watch<'_>,
-    also: Option<BorrowedFd<'_>>,
+    also: Slot<'_>,
     at_once: bool,
     deadline: Option<Instant>,
-) -> Result<(Came, bool), Broken> {
-    let readable = |fd| (fd, PollFlags::POLLIN);
-    let all: Vec<Slot<'_>> =
-        slots.into_iter().chain([watch.until.map(readable), also.map(readable)]).collect();
+) -> Result<(Came, PollFlags), Broken> {
+    let until = watch.until.map(|fd| (fd, PollFlags::POLLIN));
+    let all: Vec<Slot<'_>> = slots.into_iter().chain([until, also]).collect();
     let mut polled: Vec<PollFd<'_>> =
         all.iter().flatten().map(|(fd, flags)| PollFd::new(*fd, *flags)).collect();
     match poll(&mut polled, timeout(at_once, deadline)) {
@@ -166,7 +184,7 @@ fn wait(
     if !next().is_empty() {
         return Err(Broken::HungUp);
     }
-    Ok((at_slots, !next().is_empty()))
+    Ok((at_slots, next()))
 }
 
 fn timeout(at_once: bool, deadline: Option<Instant>) -> PollTimeout {

@@ -9,7 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use call_channel::port::Port;
-use call_channel::{run_client, run_service, Broken, Running, Socket, Streams, Watch};
+use call_channel::service::Step;
+use call_channel::{run_client, run_service, Broken, Running, Service, Socket, Streams, Watch, NOTHING_CAME};
 use qrexec::stock::Version;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -98,7 +99,7 @@ fn what_stays_behind_holds_nobody() {
 #[test]
 fn no_program_starts_for_one_who_does_not_speak_and_a_refusal_is_a_code() {
     let (ours, theirs) = pair();
-    let watch = Watch { hello_by: Some(Instant::now() + Duration::from_millis(100)), until: None };
+    let watch = Watch { hello_by: Some(Instant::now() + Duration::from_millis(100)), ..Watch::default() };
     let broken = run_service(theirs, || panic!("nobody has asked"), watch);
     assert!(matches!(broken, Err(Broken::Late)), "{broken:?}");
     drop(ours);
@@ -147,7 +148,7 @@ fn whoever_goes_breaks_the_call_at_the_other_end() {
     let service = serve(theirs, "sleep 30");
     let (closed, hang_up) = pipe().unwrap();
     let client = thread::spawn(move || {
-        let watch = Watch { until: Some(closed.as_fd()), hello_by: None };
+        let watch = Watch { until: Some(closed.as_fd()), ..Watch::default() };
         let (stdin, _held) = pipe().unwrap();
         let streams = Streams { stdin: Some(Port::own(stdin.into()).unwrap()), ..Streams::default() };
         run_client(ours, streams, watch)
@@ -229,4 +230,49 @@ fn no_descriptor_of_others_is_made_non_blocking() {
     for fd in [OwnedFd::from(stdin), stdout.into()] {
         assert!(!rustix::fs::fcntl_getfl(&fd).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
     }
+}
+
+#[test]
+fn a_peer_that_does_not_come_is_not_waited_for_but_one_that_has_spoken_is_heard_to_its_end() {
+    // The word of who was to have it come is there before anything else is.
+    for speaks in [false, true] {
+        let (ours, theirs) = pair();
+        let (broker, mut word) = pipe().unwrap();
+        word.write_all(b"x").unwrap();
+        let watch = Watch { broker: Some(broker.as_fd()), ..Watch::default() };
+        if !speaks {
+            let broken = run_client(ours, Streams::default(), watch);
+            assert!(matches!(broken, Err(Broken::NotMet)), "{broken:?}");
+            continue;
+        }
+        let mut service = Service::new(theirs);
+        service.turn(NOTHING_CAME).unwrap();
+        let service = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(200));
+            loop {
+                match service.turn(NOTHING_CAME) {
+                    Ok(Step::Agreed) => service.end(3),
+                    Ok(Step::On) => thread::sleep(Duration::from_millis(5)),
+                    Ok(Step::Over) | Err(_) => break,
+                }
+            }
+        });
+        assert_eq!(run_client(ours, Streams::default(), watch).unwrap(), 3);
+        service.join().unwrap();
+    }
+}
+
+#[test]
+fn once_the_peer_has_spoken_the_hang_up_of_who_had_it_come_ends_the_call() {
+    let (ours, theirs) = pair();
+    let _service = serve(theirs, "exec sleep 5");
+    let (broker, word) = pipe().unwrap();
+    let client = thread::spawn(move || {
+        let watch = Watch { broker: Some(broker.as_fd()), ..Watch::default() };
+        run_client(ours, Streams::default(), watch)
+    });
+    thread::sleep(Duration::from_millis(200));
+    assert!(!client.is_finished());
+    drop(word);
+    assert!(matches!(client.join().unwrap(), Err(Broken::HungUp)));
 }

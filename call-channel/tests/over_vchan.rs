@@ -89,7 +89,7 @@ fn shell(line: &str) -> Running {
 /// Serves `line` at the client's end of the vchan, which comes after a while.
 fn serve(memory: &Memory, line: &'static str, after: Duration) -> Result<i32, Broken> {
     thread::sleep(after);
-    let watch = Watch { hello_by: Some(Instant::now() + LIMIT), until: None };
+    let watch = Watch { hello_by: Some(Instant::now() + LIMIT), ..Watch::default() };
     run_service(memory.client(), || Ok(shell(line)), watch)
 }
 
@@ -131,7 +131,7 @@ fn a_server_that_goes_ends_a_program_that_sleeps() {
     thread::scope(|scope| {
         let service = scope.spawn(|| serve(&memory, "sleep 40", Duration::ZERO));
         let client = scope.spawn(move || {
-            let watch = Watch { until: Some(read.as_fd()), hello_by: None };
+            let watch = Watch { until: Some(read.as_fd()), ..Watch::default() };
             let (stdin, _held) = pipe().unwrap();
             run_client(
                 server,

@@ -22,7 +22,7 @@ use control_plane::calls::requests::CALLS_MAX;
 use control_plane::calls::wire::Vchans;
 use control_plane::daemon::channel::Channel;
 use qrexec::service::CommandLine;
-use qrexec::stock::control::{Endpoint, RequestId, Trigger};
+use qrexec::stock::control::{Endpoint, RequestId, Trigger, DATA_PORTS};
 use qrexec::stock::{Decoder, FromAgent, Rules, ToAgent, Version};
 use qrexec::{GuestFrame, HostFrame, Op};
 use vchan::link::Offer;
@@ -39,6 +39,9 @@ struct Domain {
     published: Published,
 }
 
+/// What xenstore has no room for, as its quota may have it.
+const FAILING: u32 = 0xbad;
+
 impl Vchans for Domain {
     fn domain(&self) -> u16 {
         DOMAIN
@@ -53,6 +56,9 @@ impl Vchans for Domain {
     }
 
     fn publish(&mut self, port: u32, offer: Offer) -> io::Result<()> {
+        if offer.grant == FAILING {
+            return Err(io::Error::other("no room"));
+        }
         self.published.lock().unwrap().insert(port, offer);
         Ok(())
     }
@@ -167,10 +173,14 @@ impl Lab {
 
     /// A caller that serves what it is asked to.
     fn serves(&self) -> Channel {
+        self.serves_at(9)
+    }
+
+    fn serves_at(&self, grant: u32) -> Channel {
         let holder = self.calls();
         let (answer, _) = holder.receive_within::<Answer>(LIMIT).unwrap().unwrap();
         assert_eq!(answer, Answer::Serve { domain: DOMAIN });
-        holder.send(&Serving { grant: 9, port: 5 }, &[]).unwrap();
+        holder.send(&Serving { grant, port: 5 }, &[]).unwrap();
         holder
     }
 
@@ -230,7 +240,19 @@ fn a_callers_command_has_a_port_of_its_own_until_both_have_let_go_of_it() {
     assert_eq!(client::status(&lab.guest.state, SOURCE).unwrap().commands, 3);
     // That the guest has let go is no reason for a caller to end: it may have something to read yet.
     agent.terminated(513);
+    agent.terminated(513);
     agent.terminated(700);
+    let said = callers[0].receive_within::<Answer>(LIMIT).unwrap().unwrap().0;
+    assert!(matches!(said, Answer::NotStarted { .. }), "{said:?}: one who waits for it yet waits in vain");
+    // What was said before this has been heard.
+    agent.asks("../bin/sh", "again");
+    assert_eq!(agent.hear(), ToAgent::ServiceRefused(RequestId::new("again").unwrap()));
+    assert_eq!(client::status(&lab.guest.state, SOURCE).unwrap().commands, 3);
+    let silent = |caller: &Channel| {
+        let waited = caller.receive_within::<Answer>(std::time::Duration::from_millis(1));
+        waited.is_err_and(|error| error.kind() == io::ErrorKind::TimedOut)
+    };
+    assert!(callers.iter().all(silent), "told once, and nobody else");
     drop(callers);
     lab.until("the nodes are gone", |lab| lab.ports().is_empty());
     let _caller = lab.serves();
@@ -298,5 +320,49 @@ fn before_the_channel_stands_and_after_it_was_given_up_calls_go_by_frames() {
     assert_eq!(agent.stream.read(&mut [0]).unwrap(), 0, "the channel is given up");
     framed(&mut lab);
     assert_eq!(lab.ports(), [513], "what has a vchan goes on");
+    lab.guest.end().unwrap();
+}
+
+#[test]
+fn where_the_guest_cannot_be_told_of_a_channel_the_caller_hears_it_and_later_ones_go_by_frames() {
+    let (mut lab, mut agent) = Lab::agreed();
+    let first = lab.serves();
+    assert_eq!(agent.hear(), exec(513));
+    let (answer, _) = lab.serves_at(FAILING).receive_within::<Answer>(LIMIT).unwrap().unwrap();
+    assert!(matches!(&answer, Answer::NotStarted { reason } if reason.contains("no room")), "{answer:?}");
+    let caller = lab.calls();
+    let stream = lab.guest.agent.take_exec();
+    lab.guest.agent.say(&GuestFrame::Exited { stream, exit: qrexec::Exit::Code(4) });
+    let (answer, _) = caller.receive_within::<Answer>(LIMIT).unwrap().unwrap();
+    assert_eq!(answer, Answer::Exited(qrexec::Exit::Code(4)));
+    assert_eq!(lab.ports(), [513], "what has a vchan goes on");
+    // The guest's own calls need no node of ours.
+    agent.asks("test.Yes", "SOCKET14");
+    assert!(matches!(agent.hear(), ToAgent::ServiceConnect(Endpoint { port: 515, .. }, _)));
+    drop(first);
+    lab.guest.end().unwrap();
+}
+
+#[test]
+fn a_new_agent_has_none_of_the_ports_that_the_one_before_it_did_not_let_go_of() {
+    let (mut lab, mut agent) = Lab::agreed();
+    for port in DATA_PORTS {
+        let caller = lab.serves();
+        assert_eq!(agent.hear(), exec(port));
+        drop(caller);
+        lab.until("it is forgotten", |lab| lab.ports().is_empty());
+    }
+    let caller = lab.calls();
+    let stream = lab.guest.agent.take_exec();
+    lab.guest.agent.say(&GuestFrame::Exited { stream, exit: qrexec::Exit::Code(0) });
+    let (answer, _) = caller.receive_within::<Answer>(LIMIT).unwrap().unwrap();
+    assert_eq!(answer, Answer::Exited(qrexec::Exit::Code(0)), "no port is left");
+    drop(agent);
+    while lab.guest.agent.hear() != HostFrame::ServeCalls {}
+    let mut agent = lab.agent();
+    agent.asks("../bin/sh", "second");
+    assert_eq!(agent.hear(), ToAgent::ServiceRefused(RequestId::new("second").unwrap()));
+    let _caller = lab.serves();
+    assert_eq!(agent.hear(), exec(513));
     lab.guest.end().unwrap();
 }

@@ -68,7 +68,9 @@ fn pieces_that_come_together_reach_each_their_own_stream() {
         let stream = if number < 150 { 1 } else { 1 + number % 2 };
         wanted[stream - 1].extend_from_slice(piece);
         for bytes in [piece, b""] {
-            HostFrame::Stdin { stream: stream as u32, bytes: bytes.to_vec() }.encode(&mut words).expect("encodes");
+            HostFrame::Stdin { stream: stream as u32, bytes: bytes.to_vec() }
+                .encode(&mut words)
+                .expect("encodes");
         }
     }
     host.socket.write_all(&words).expect("the agent reads");

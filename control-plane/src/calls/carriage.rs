@@ -44,10 +44,11 @@ pub fn meet((domain, port): (u16, u16), until: BorrowedFd<'_>) -> io::Result<Lin
     xen_glue::calls::meet(DomId(domain), port, until, Instant::now() + HELLO_LIMIT)
 }
 
-/// Carries a caller's streams: the command's status. Ends when `holder` hangs up, which it does with the guest.
+/// Carries a caller's streams: the command's status. Ends when `holder` hangs up, which it does with the guest, and with [`Broken::NotMet`] when it says
+/// that the guest does not come.
 pub fn call(link: Link, fds: [BorrowedFd<'_>; 3], holder: BorrowedFd<'_>) -> Result<u8, Broken> {
     let streams = Streams::of_client(fds).map_err(Broken::Wait)?;
-    let watch = Watch { until: Some(holder), hello_by: Some(Instant::now() + HELLO_LIMIT) };
+    let watch = Watch { broker: Some(holder), hello_by: Some(Instant::now() + HELLO_LIMIT), until: None };
     // As with a process, the low byte counts.
     run_client(link, streams, watch).map(|code| code as u8)
 }
@@ -76,7 +77,7 @@ pub fn answer(place: (u16, u16), mut program: Command, teller: &mut Teller) -> i
     let carried = Running::of(child).ok().filter(|_| teller.tell(true, &why)).and_then(|running| {
         let link = meet(place, signals.as_fd()).ok()?;
         let hello_by = Some(Instant::now() + HELLO_LIMIT);
-        let watch = Watch { until: Some(signals.as_fd()), hello_by };
+        let watch = Watch { until: Some(signals.as_fd()), hello_by, broker: None };
         run_service(link, || Ok(running), watch).ok()
     });
     if carried.is_none() {

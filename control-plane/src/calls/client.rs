@@ -60,6 +60,7 @@ fn call_served(
     holder.send(&serving, &[]).map_err(Error::failed(&step))?;
     carriage::call(link, fds, holder.as_fd()).map(Some).map_err(|broken| match broken {
         Broken::HungUp => gone(name),
+        Broken::NotMet => not_met(name, &step, &holder),
         broken => Error::failed(&step)(broken),
     })
 }
@@ -125,6 +126,11 @@ fn refusal(step: &str, answer: Answer) -> Error {
         Answer::NotStarted { reason } => Error::new(Kind::Failed, format!("cannot {step}: {reason}")),
         other => Error::new(Kind::Failed, format!("cannot {step}: its holder answers {other:?}")),
     }
+}
+
+/// The guest does not come to the call's vchan: why, in the words of its holder, unless that has gone.
+fn not_met(name: &str, step: &str, holder: &Channel) -> Error {
+    answer(name, holder).map_or_else(|error| error, |said| refusal(step, said))
 }
 
 fn gone(name: &str) -> Error {

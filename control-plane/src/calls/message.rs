@@ -3,8 +3,9 @@
 //! A caller's message is one byte, then for `CALL` and `START` an `Exec` frame of [`qrexec`] as the agent gets it, which has room for any bytes
 //! and no other form for the same; for `LINE` a command line of qrexec's; for `CONTROL` one byte that says which [`Control`]. A call has
 //! three descriptors with it: stdin, stdout, stderr.
-//! The answer is one [`Answer`] in JSON. After `Serve` the caller says one [`Serving`], and its end is the call's; the holder says nothing more,
-//! and hangs up with the guest.
+//! The answer is one [`Answer`] in JSON. After `Serve` the caller says one [`Serving`], and its end is the call's. The holder
+//! hangs up with the guest, and says one more `NotStarted` when the guest has let go of the vchan, or cannot be told of it: news only for a caller whose
+//! guest has not said its Hello.
 
 use qrexec::service::CommandLine;
 use qrexec::{Decoder, Exec, Exit, HostFrame, ProtocolError, HEADER_BYTES, PAYLOAD_BYTES_MAX};

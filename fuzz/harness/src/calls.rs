@@ -96,7 +96,10 @@ fn obeyed(data: &[u8], pieces: usize) -> (Vec<Order>, Option<WireError>) {
         let mut input = piece;
         loop {
             match control.hear(&mut input) {
-                Err(error) => return (orders, Some(error)),
+                Err(error) => {
+                    assert_eq!(control.hear(&mut &[][..]), Err(error.clone()), "for ever");
+                    return (orders, Some(error));
+                }
                 Ok(None) => break,
                 Ok(Some(order)) => {
                     assert_eq!(order == Order::Agreed, orders.is_empty() && control.is_agreed());

@@ -335,7 +335,7 @@ fn a_caller_that_goes_ends_its_command() {
     dom0.exec(513, &format!("root:echo $$ > {}; exec sleep 60", file.display()));
     let (read, hang_up) = std::io::pipe().expect("pipe");
     let caller = thread::spawn(move || {
-        let watch = Watch { until: Some(read.as_fd()), hello_by: None };
+        let watch = Watch { until: Some(read.as_fd()), ..Watch::default() };
         run_client(channel, Streams::default(), watch)
     });
     until("it runs", || std::fs::read_to_string(&file).is_ok_and(|text| text.ends_with('\n')));

@@ -1,4 +1,4 @@
-//! Qubes' own qrexec on its vchans, protocol v2 to v4: a pure codec and the two ends of a data channel. docs/qrexec.md is its byte map.
+//! Qubes' own qrexec on its vchans, protocol v2 to v4: a pure codec and the two ends of either channel. docs/qrexec.md is its byte map.
 //!
 //! Invariants:
 //! - Each side takes the other for hostile: no bytes panic, and a length is checked against its kind and version before a byte of the
@@ -10,9 +10,10 @@
 //! The facts are those of QubesOS/qubes-core-qrexec: libqrexec/qrexec.h (079c2f89), libqrexec/remote.c (27077c29),
 //! libqrexec/process_io.c (0701529b), daemon/qrexec-daemon.c (0516ffcb and a later 4.2 text), agent/qrexec-agent-data.c (0802df70).
 //!
-//! Files in reading order: `negotiate`, `message`, `control`, `decoder`, `data`.
+//! Files in reading order: `negotiate`, `message`, `control`, `decoder`, `control_end`, `data`.
 
 pub mod control;
+mod control_end;
 pub mod data;
 mod decoder;
 mod error;
@@ -20,6 +21,7 @@ pub mod message;
 pub mod negotiate;
 
 pub use control::{FromAgent, ToAgent};
+pub use control_end::{ControlEnd, Said};
 pub use data::{ClientEnd, FromClient, FromService, ServiceEnd};
 pub use decoder::{Decoder, RawMessage};
 pub use error::WireError;

@@ -24,6 +24,10 @@ const SERVE_LIMIT: Duration = Duration::from_secs(10);
 
 const NO_PORT: &str = "a call was refused: the guest has let go of none of the channels that calls had";
 
+/// What a caller hears whose guest has let go of the vchan. It is news to one whose guest has not spoken: others have seen the end, or will.
+const LET_GO: &str =
+    "the guest does not take it: it runs all the commands that it can, or cannot reach the call's channel";
+
 /// What of a call can be ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -39,6 +43,8 @@ pub(super) struct Calls {
     calls: BTreeMap<u64, Call>,
     last: u64,
     ports: Ports,
+    /// The guest could not be told of a call's vchan: nor will it be of others'.
+    cannot_tell: bool,
 }
 
 struct Call {
@@ -57,7 +63,7 @@ enum Whose {
 impl Calls {
     /// Of a guest that is held under this name.
     pub(super) fn of(caller: Option<(State, String)>) -> Calls {
-        Calls { caller, calls: BTreeMap::new(), last: 0, ports: Ports::default() }
+        Calls { caller, calls: BTreeMap::new(), last: 0, ports: Ports::default(), cannot_tell: false }
     }
 
     /// Commands of callers, and calls of the guest.
@@ -71,9 +77,14 @@ impl Calls {
         self.calls.insert(self.last, Call { port, whose });
     }
 
-    /// Whether there is a port for one more.
+    /// Whether there is a port for one more caller's, of which the guest can be told.
     pub(super) fn has_port(&self) -> bool {
-        self.ports.has_one()
+        self.ports.has_one() && !self.cannot_tell
+    }
+
+    /// The guest has a new agent, which knows nothing of the one before it.
+    pub(super) fn renew_agent(&mut self) {
+        self.ports.renew();
     }
 
     /// Has a caller serve a vchan for its command.
@@ -168,9 +179,13 @@ impl Calls {
             (Whose::Caller { channel, waits }, Part::Caller) => match (waits.take(), control) {
                 (Some((line, _)), Some(control)) => {
                     let offer = serving(channel);
-                    let port = offer.and_then(|offer| publish(&mut self.ports, guest, offer, refusals));
-                    call.port = port;
-                    port.is_some_and(|port| control.exec(port, &line.to_bytes()).is_ok())
+                    let told = offer.map(|offer| publish(&mut self.ports, guest, offer, refusals));
+                    if let Some(Err(Untold { why, for_ever })) = &told {
+                        self.cannot_tell |= for_ever;
+                        tell(channel, why);
+                    }
+                    call.port = told.and_then(Result::ok);
+                    call.port.is_some_and(|port| control.exec(port, &line.to_bytes()).is_ok())
                 }
                 // It has nothing more to say: what comes is its end.
                 _ => false,
@@ -206,13 +221,15 @@ impl Calls {
         }
     }
 
-    /// The guest has let go of a call's channel. A caller sees that for itself, behind what is left to read.
+    /// The guest has let go of a call's channel. A caller whose guest has spoken sees that for itself, behind what is left to read.
     pub(super) fn terminated(&mut self, port: u32) {
-        self.ports.terminated(port);
+        let is_news = self.ports.terminated(port);
         let of_port = self.calls.values_mut().find(|call| call.port == Some(port));
-        if let Some(Call { whose: Whose::Guest { process, .. }, .. }) = of_port {
+        match of_port.map(|call| &mut call.whose) {
+            Some(Whose::Caller { channel, .. }) if is_news => tell(channel, LET_GO),
             // What carries the call sees its end as well, and may have seen it first: what a service leaves behind is not for the guest to end.
-            process.end_by_itself();
+            Some(Whose::Guest { process, .. }) => process.end_by_itself(),
+            Some(Whose::Caller { .. }) | None => {}
         }
     }
 
@@ -263,20 +280,39 @@ fn serving(channel: &Channel) -> Option<Offer> {
     Some(Offer { grant, port })
 }
 
+/// Tells a caller that its command has not been started.
+fn tell(caller: &Channel, why: &str) {
+    // One that has gone has no ears.
+    let _ = caller.send(&Answer::NotStarted { reason: why.to_owned() }, &[]);
+}
+
+/// Why the guest was told of no vchan.
+struct Untold {
+    why: String,
+    /// Whether it will be of none.
+    for_ever: bool,
+}
+
 /// Tells the guest of a vchan: the port.
-fn publish(ports: &mut Ports, guest: &mut dyn Vchans, offer: Offer, refusals: &mut Refusals) -> Option<u32> {
+fn publish(
+    ports: &mut Ports,
+    guest: &mut dyn Vchans,
+    offer: Offer,
+    refusals: &mut Refusals,
+) -> Result<u32, Untold> {
     let Some(port) = ports.take() else {
         refusals.log(NO_PORT);
-        return None;
+        return Err(Untold { why: NO_PORT.to_owned(), for_ever: false });
     };
-    if let Err(error) = guest.publish(port, offer) {
-        refusals.log(&format!("cannot tell a guest of a call's channel: {error}"));
+    guest.publish(port, offer).map(|()| port).map_err(|error| {
+        let why = format!("cannot tell a guest of a call's channel: {error}");
+        refusals.log(&format!("{why}; calls into it go by frames from here on"));
         withdraw(guest, port);
+        // The guest may have seen half of it, but has not been told to look.
         ports.terminated(port);
         ports.give_back(port);
-        return None;
-    }
-    Some(port)
+        Untold { why, for_ever: true }
+    })
 }
 
 fn withdraw(guest: &mut dyn Vchans, port: u32) {

@@ -9,7 +9,7 @@
 //!   beyond that it is not heard. What is refused is not logged at its speed.
 //! - A port that is none of a call's is nothing. What the agent says of one ends that call at most.
 //! - A channel that breaks the protocol is given up; calls that have a vchan go on, and later ones go by the frames of our own agent, as those
-//!   do of guests that offer no such channel.
+//!   do of guests that offer no such channel. So do callers' commands once xenstore has failed to tell the guest of one.
 //! - No node outlives its call, nor the guest: what a killed holder leaves goes with the domain's.
 //!
 //! | module | what is in it |
@@ -268,7 +268,10 @@ fn take(
 ) -> Result<(), WireError> {
     while let Some(heard) = control.hear(&mut input)? {
         match heard {
-            Heard::Agreed(version) => tracing::debug!("each call has a channel now ({version:?})"),
+            Heard::Agreed(version) => {
+                calls.renew_agent();
+                tracing::debug!("each call has a channel now ({version:?})");
+            }
             Heard::Nonsense(request) => {
                 other.refusals.log("a call was refused whose names cannot be");
                 control.refuse(request)?;

@@ -1,6 +1,6 @@
 //! The ports at which we serve calls' channels to one guest. Pure.
 //!
-//! Invariant: a port is given again only when both sides have let go of it. An agent that waits for a channel which is there no more would
+//! Invariant: a port is given again only when both sides have let go of it, or ours has and the guest's agent is another one. An agent that waits for a channel which is there no more would
 //! take the next one at that port for it.
 
 use std::collections::BTreeMap;
@@ -55,9 +55,17 @@ impl Ports {
         self.lose(port, |hold| hold.ours = false);
     }
 
-    /// The guest has, or says so.
-    pub fn terminated(&mut self, port: u32) {
+    /// The guest has, or says so. Whether it had it until now.
+    pub fn terminated(&mut self, port: u32) -> bool {
+        let had = self.taken.get(&port).is_some_and(|hold| hold.theirs);
         self.lose(port, |hold| hold.theirs = false);
+        had
+    }
+
+    /// The guest has a new agent: of what the one before it had, only that is taken which we have. It can say no more that it has let go.
+    pub fn renew(&mut self) {
+        self.taken.retain(|_, hold| hold.ours);
+        self.taken.values_mut().for_each(|hold| hold.theirs = false);
     }
 
     fn lose(&mut self, port: u32, lose: impl FnOnce(&mut Hold)) {
@@ -87,5 +95,18 @@ mod tests {
         assert_eq!((ports.take(), ports.take(), ports.take()), (Some(600), Some(700), None));
         ports.free(700);
         assert_eq!((ports.take(), ports.take()), (Some(700), None));
+    }
+
+    #[test]
+    fn with_a_new_agent_only_what_we_have_is_taken() {
+        let mut ports = Ports::default();
+        while ports.take().is_some() {}
+        ports.give_back(600);
+        assert!(ports.terminated(601) && !ports.terminated(601) && !ports.terminated(7));
+        ports.renew();
+        assert_eq!((ports.take(), ports.take()), (Some(600), None));
+        // The one before it has none of these any more.
+        ports.give_back(602);
+        assert_eq!((ports.take(), ports.take()), (Some(602), None));
     }
 }
