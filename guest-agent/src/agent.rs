@@ -56,6 +56,8 @@ pub struct Agent {
     outbox: Outbox,
     commands: Commands,
     calls: Calls,
+    /// Whether calls are served before commands, in every other turn: whoever comes first may fill the outbox.
+    calls_first: bool,
     stock: Stock<XenSite>,
     hook: Option<Result<Hook, Failure>>,
     errand: Option<Errand>,
@@ -86,6 +88,7 @@ impl Agent {
             outbox: Outbox::default(),
             commands: Commands::default(),
             calls,
+            calls_first: false,
             stock: Stock::default(),
             hook: None,
             errand: None,
@@ -123,10 +126,15 @@ impl Agent {
         let timeout_ms = if ready { Some(0) } else { self.timeout_ms() };
         sys::poll(&mut slots, timeout_ms)?;
         let mut ready = &slots[SLOTS..];
+        if self.calls_first {
+            self.attend_calls(&mut ready);
+        }
         self.commands.serve(&mut ready, &mut self.outbox);
         self.serve_errand(&mut ready);
-        self.stock.serve(&mut ready, &self.place, self.commands.count());
-        self.calls.serve(ready, &mut self.outbox, &mut self.stock);
+        if !self.calls_first {
+            self.attend_calls(&mut ready);
+        }
+        self.calls_first = !self.calls_first;
         let heard = self.port.is_heard(&slots[..SLOTS], events);
         self.slots = slots;
         Ok(!heard || self.listen())
@@ -142,12 +150,26 @@ impl Agent {
     fn watch(&self, slots: &mut Vec<PollSlot>, events: i16) {
         slots.clear();
         slots.extend(self.port.slots(events));
+        if self.calls_first {
+            self.watch_calls(slots);
+        }
         self.commands.watch(slots, &self.outbox);
         if let Some(errand) = &self.errand {
             errand.watch(slots);
         }
+        if !self.calls_first {
+            self.watch_calls(slots);
+        }
+    }
+
+    fn watch_calls(&self, slots: &mut Vec<PollSlot>) {
         self.stock.watch(slots);
         self.calls.watch(slots, &self.outbox);
+    }
+
+    fn attend_calls(&mut self, ready: &mut &[PollSlot]) {
+        self.stock.serve(ready, &self.place, self.commands.count());
+        self.calls.serve(ready, &mut self.outbox, &mut self.stock);
     }
 
     fn timeout_ms(&self) -> Option<u32> {

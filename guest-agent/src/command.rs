@@ -31,6 +31,8 @@ pub struct Command {
     stdin: Sink,
     stdout: Source,
     stderr: Source,
+    /// It had something to say, and stdout may have left no room for it.
+    stderr_waits: bool,
     exit: Option<Exit>,
     last_activity: Instant,
     abandoned: bool,
@@ -83,6 +85,7 @@ impl Command {
             stdin: Sink::new(stdin),
             stdout: Source::new(stdout, kind::STDOUT),
             stderr: Source::new(stderr, kind::STDERR),
+            stderr_waits: false,
             exit: None,
             last_activity: Instant::now(),
             abandoned: false,
@@ -153,7 +156,10 @@ impl Command {
             let news = self.stdin.drain(ready[1].revents);
             self.tell(news, outbox);
         }
-        let pumped = [is_ready(2) && self.pump_stdout(outbox), is_ready(3) && self.pump_stderr(outbox)];
+        let first = is_ready(3) && self.stderr_waits && self.pump_stderr(outbox);
+        let pumped =
+            [first, is_ready(2) && self.pump_stdout(outbox), is_ready(3) && self.pump_stderr(outbox)];
+        self.stderr_waits = is_ready(3) && outbox.waiting() >= ROOM;
         if pumped.contains(&true) {
             self.last_activity = Instant::now();
         }

@@ -123,13 +123,17 @@ impl Commands {
         self.running.iter().filter_map(Command::deadline).min()
     }
 
-    /// Serves all, with the slots that [`watch`](Self::watch) appended, and takes the slots off the front of `ready`.
+    /// Serves all, with the slots that [`watch`](Self::watch) appended, and takes the slots off the front of `ready`. Where the outbox is
+    /// full before all had their turn, another is the first of the next.
     pub fn serve(&mut self, ready: &mut &[PollSlot], outbox: &mut Outbox) {
         self.running.retain_mut(|command| {
             let (slots, rest) = ready.split_at(SLOTS.min(ready.len()));
             *ready = rest;
             !command.serve(slots, outbox)
         });
+        if outbox.waiting() >= ROOM && !self.running.is_empty() {
+            self.running.rotate_left(1);
+        }
     }
 
     fn find(&mut self, stream: u32) -> Option<&mut Command> {

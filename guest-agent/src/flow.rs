@@ -176,7 +176,7 @@ impl Source {
         self.window.left() == 0
     }
 
-    /// Takes one frame's worth; after the end the pipe is closed.
+    /// Takes some frames' worth at most; after the end the pipe is closed.
     pub fn pump(&mut self, stream: u32, outbox: &mut Outbox) -> Taken {
         let Some(pipe) = self.pipe.as_ref().filter(|_| outbox.waiting() < ROOM) else {
             return Taken::Nothing;
@@ -218,9 +218,12 @@ pub fn pipe_from() -> Result<(OwnedFd, OwnedFd), Failure> {
     Ok((theirs, unblocked(ours)?))
 }
 
-/// Gives the pipe of a fast stream room for as much as goes at once: it is filled and emptied in fewer turns. Not everything that a
-/// program was given is a pipe, and a system may allow no larger ones; then it stays as it is.
+/// Gives the pipe of a fast stream room for as much as goes at once: it is filled and emptied in fewer turns. A system may allow no
+/// larger ones; then it stays as it is, as one does that its program has made larger still.
 fn widen(pipe: &OwnedFd) {
+    if fcntl(pipe.as_raw_fd(), FcntlArg::F_GETPIPE_SZ).is_ok_and(|bytes| bytes >= PIPE_BYTES) {
+        return;
+    }
     let _ = fcntl(pipe.as_raw_fd(), FcntlArg::F_SETPIPE_SZ(PIPE_BYTES));
 }
 

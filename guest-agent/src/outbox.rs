@@ -1,7 +1,7 @@
 //! What waits to be written to the host.
 //!
-//! Invariants: whole frames, in order. Output of commands is taken in only while less than [`ROOM`] waits; the host is listened to
-//! only while less than [`FULL`] waits, so answers can't pile up without bound either.
+//! Invariants: whole frames, in order. Output of commands is taken in only while less than [`ROOM`] waits, and then at most [`TAKEN_MAX`]; the host
+//! is listened to only while less than [`FULL`] waits, so answers can't pile up without bound either.
 
 use std::io::{self, ErrorKind, IoSliceMut};
 use std::os::fd::BorrowedFd;
@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::uio::readv;
 use qrexec::{GuestFrame, RawFrame, HEADER_BYTES, PAYLOAD_BYTES_MAX};
 
-/// Bytes beyond which no more output of commands is taken in: two frames keep any port busy.
+/// Bytes beyond which no more output of commands is taken in: with what one of them gives at once, enough to keep any port busy.
 pub const ROOM: usize = 2 * PAYLOAD_BYTES_MAX;
 /// Bytes taken from a pipe at once: whoever fills it then has room for as much, and is woken up for it once.
 const TAKEN_MAX: usize = 4 * PAYLOAD_BYTES_MAX;

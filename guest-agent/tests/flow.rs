@@ -82,6 +82,37 @@ fn pieces_that_come_together_reach_each_their_own_stream() {
     host.hang_up();
 }
 
+#[test]
+fn a_stream_that_never_pauses_leaves_room_for_others() {
+    let mut host = Host::connect();
+    // It writes faster than we read: its pipe is full whenever the agent looks.
+    host.sh(1, "exec cat /dev/zero");
+    host.say(HostFrame::StdoutCredit { stream: 1, bytes: 4 * INITIAL_WINDOW });
+    let (mut waited, mut begun, mut ended, mut said) = (0, false, false, Vec::new());
+    while !ended {
+        match host.hear() {
+            GuestFrame::Stdout { stream: stream @ 1, bytes } => {
+                host.say(HostFrame::StdoutCredit { stream, bytes: bytes.len() as u32 });
+                waited += bytes.len();
+                if waited > 8 << 20 && !begun {
+                    (waited, begun) = (0, true);
+                    host.sh(2, "echo out; sleep 0.1; echo err >&2");
+                }
+            }
+            GuestFrame::Stdout { stream: 2, bytes } | GuestFrame::Stderr { stream: 2, bytes } => {
+                said.extend(bytes)
+            }
+            GuestFrame::Exited { stream: 2, .. } => ended = true,
+            _ => {}
+        }
+        assert!(waited < 1 << 30, "nobody else has had a turn");
+    }
+    assert_eq!(said, b"out\nerr\n");
+    host.say(HostFrame::Signal { stream: 1, signal: 9 });
+    host.finish_after_credit(1);
+    host.hang_up();
+}
+
 /// Takes output without giving credit, and insists that it stops at the window.
 fn take_without_credit(host: &mut Host, stream: u32) {
     let mut taken = 0;

@@ -6,7 +6,7 @@ use crate::ProtocolError;
 /// Bytes of a header.
 pub const HEADER_BYTES: usize = 12;
 
-/// Bytes that one frame may carry: a pipe's worth, so that one read of a pipe is one frame.
+/// Bytes that one frame may carry: what a pipe holds that nobody has widened.
 pub const PAYLOAD_BYTES_MAX: usize = 64 << 10;
 
 /// The numbers on the wire.

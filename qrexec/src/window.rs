@@ -11,8 +11,8 @@ pub const INITIAL_WINDOW: u32 = 256 << 10;
 /// No credit may lift a window over this: a sum that can't overflow and a buffer that fits any guest.
 pub const WINDOW_MAX: u32 = 16 << 20;
 
-/// How far the window of a reader grows that takes what comes. It begins to once a first window is used up: that much fits no new pipe, so
-/// somebody has read.
+/// How far the window of a reader grows that takes what comes. It begins to once a first window is used up: a new pipe that nobody reads does
+/// not hold as much.
 pub const GROWN_WINDOW: u32 = 1 << 20;
 
 /// Credit is given back once this part of the window is owed.

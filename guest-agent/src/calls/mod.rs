@@ -104,18 +104,23 @@ impl Calls {
         slots.extend(self.calls.iter().flat_map(|call| call.slots(room)));
     }
 
-    /// Serves all, with the slots that [`watch`](Self::watch) appended. Those that begin go the `other` way, if it takes them.
-    pub fn serve(&mut self, ready: &[PollSlot], outbox: &mut Outbox, other: &mut dyn Other) {
-        let Some((listener, mut ready)) = ready.split_first() else { return };
+    /// Serves all, with the slots that [`watch`](Self::watch) appended, and takes the slots off the front of `ready`. Those that begin go the
+    /// `other` way, if it takes them. Where the outbox is full before all had their turn, another is the first of the next.
+    pub fn serve(&mut self, ready: &mut &[PollSlot], outbox: &mut Outbox, other: &mut dyn Other) {
+        let Some((listener, rest)) = ready.split_first() else { return };
+        *ready = rest;
         for call in &mut self.calls {
             let (slots, rest) = ready.split_at(SLOTS.min(ready.len()));
-            ready = rest;
+            *ready = rest;
             let next = CALL_STREAM | self.begun;
             if slots.iter().any(|slot| slot.revents != 0) && call.serve(slots, next, outbox, other) {
                 self.begun = (self.begun + 1) & !CALL_STREAM;
             }
         }
         self.calls.retain(|call| !call.is_over());
+        if outbox.waiting() >= ROOM && !self.calls.is_empty() {
+            self.calls.rotate_left(1);
+        }
         if listener.revents != 0 {
             self.admit(outbox, other);
         }
@@ -187,7 +192,7 @@ mod tests {
         let mut slots = Vec::new();
         calls.watch(&mut slots, outbox);
         sys::poll(&mut slots, Some(0)).expect("polls");
-        calls.serve(&slots, outbox, &mut Stock::<XenSite>::default());
+        calls.serve(&mut &slots[..], outbox, &mut Stock::<XenSite>::default());
         said(outbox)
     }
 

@@ -183,7 +183,7 @@ fn run(mut stock: Stock<TestSite>, mut calls: Calls, stop: &AtomicBool) {
         sys::poll(&mut slots, timeout).expect("polls");
         let mut ready = &slots[..];
         stock.serve(&mut ready, &place, 0);
-        calls.serve(ready, &mut outbox, &mut stock);
+        calls.serve(&mut ready, &mut outbox, &mut stock);
         assert_eq!(outbox.waiting(), 0, "no call goes by frames");
     }
 }
