@@ -18,7 +18,7 @@ use control_plane::calls::carry_out::CLONES_MAX;
 use control_plane::clones::{Keeping, Lease};
 use control_plane::daemon::channel::Listener;
 use control_plane::state::State;
-use nix::sys::signal::{killpg, Signal};
+use nix::sys::signal::{kill, killpg, Signal};
 use nix::unistd::Pid;
 
 const POLICY: &str = "
@@ -407,9 +407,18 @@ fn ends_with_its_holder(qubes: &Setup, script: &str, call: [&str; 3], is_killed:
     if is_killed {
         holder.kill().unwrap();
     } else {
-        killpg(group, Signal::SIGTERM).unwrap();
+        // The first process alone: it tells the others.
+        kill(group, Signal::SIGTERM).unwrap();
+        let stubborn = format!("{all}1");
+        while count(&all) > count(&stubborn) {
+            assert!(start.elapsed() < LIMIT, "{script}: {} are still there", count(&all));
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
-    holder.wait().unwrap();
+    while holder.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < LIMIT, "{script}: the first process has not ended");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     if !is_killed {
         // As the holder does when the first process has ended.
         killpg(group, Signal::SIGKILL).unwrap();

@@ -1,13 +1,15 @@
 //! Signals that would end a tool half-way, for one that first takes back what it has done.
 //!
 //! A thread waits for them: a call of the API is not cut short, since what has become of it would not be known, and the tool looks here after each.
-//! Who sends a second signal wants the end at once, and gets it.
+//! Who presses Ctrl-C again wants the end at once, and gets it; so does who sends another signal later. A terminal that closes sends two or three, one
+//! right after the other.
 
 use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
 
@@ -15,6 +17,8 @@ use crate::outcome::{Failure, Outcome};
 
 /// Those that somebody sends who wants the tool to end.
 const ENDING: [Signal; 3] = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM];
+/// Signals that come so soon after the first say nothing new.
+const AT_ONCE: Duration = Duration::from_secs(1);
 /// As a shell shows the end by a signal.
 const BY_SIGNAL: u8 = 128;
 
@@ -35,11 +39,14 @@ impl Interrupts {
         let come = Arc::new(AtomicU8::new(0));
         let tell = Arc::clone(&come);
         thread::Builder::new().spawn(move || {
+            let mut first: Option<Instant> = None;
             while let Ok(signal) = signals.wait() {
                 let number = u8::try_from(signal as i32).unwrap_or(u8::MAX - BY_SIGNAL);
-                if tell.swap(number, Ordering::Relaxed) != 0 {
+                let again = tell.swap(number, Ordering::Relaxed) != 0;
+                if again && (signal == Signal::SIGINT || first.is_some_and(|at| at.elapsed() > AT_ONCE)) {
                     std::process::exit((BY_SIGNAL + number).into());
                 }
+                first.get_or_insert_with(Instant::now);
             }
         })?;
         Ok(Interrupts(come))

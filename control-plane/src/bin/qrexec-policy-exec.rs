@@ -129,9 +129,13 @@ fn prepare(options: &Options) -> Result<(String, Carrier)> {
     Ok((text, carrier))
 }
 
-/// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out.
+/// Tells the system's log and the holder. Whether there still is somebody for whom to carry the call out. A call that may happen is logged however
+/// many there are: a guest is not to hide one behind refusals.
 fn tell(teller: &mut Teller, accepted: bool, text: &str) -> bool {
-    system_log::say_of_call(NAME, text);
+    match accepted {
+        true => system_log::say(NAME, text),
+        false => system_log::say_of_call(NAME, text),
+    }
     // One line, whatever an error's text has.
     teller.tell(accepted, &text.replace(['\n', '\r'], " "))
 }

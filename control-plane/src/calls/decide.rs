@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -145,11 +146,12 @@ impl Prompt for Program<'_> {
 
 /// What it prints, of which one byte too many may be there, into memory: a pipe would have to be read while the program is waited for.
 fn output(mut command: Command) -> io::Result<(ExitStatus, Vec<u8>)> {
-    let mut printed = File::from(memfd_create("answer", MemfdFlags::CLOEXEC)?);
+    let printed = File::from(memfd_create("answer", MemfdFlags::CLOEXEC)?);
     command.stdout(printed.try_clone()?);
     let status = supervise::run_before(command)?;
-    printed.rewind()?;
-    let mut answer = Vec::new();
-    printed.take(ANSWER_BYTES_MAX as u64 + 1).read_to_end(&mut answer)?;
+    // Where it begins: the place in it is shared with whatever the program has left behind.
+    let mut answer = vec![0; ANSWER_BYTES_MAX + 1];
+    let count = printed.read_at(&mut answer, 0)?;
+    answer.truncate(count);
     Ok((status, answer))
 }

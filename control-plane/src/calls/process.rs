@@ -39,7 +39,7 @@ pub(super) struct Errand<'a> {
     pub(super) name: &'a str,
     pub(super) target: &'a Target,
     pub(super) service: &'a Service,
-    /// Whether what was decided is logged.
+    /// Whether it is logged that it may not happen.
     pub(super) logged: bool,
 }
 
@@ -56,7 +56,6 @@ pub(super) struct Process {
     ended: OwnedFd,
     /// Says what was decided; taken once it has.
     verdict: Option<OwnedFd>,
-    logged: bool,
     exit: Option<Exit>,
     kill_at: Option<Instant>,
     /// By when it was to end by itself.
@@ -106,7 +105,6 @@ impl Process {
                 child,
                 ended,
                 verdict: Some(verdict.into()),
-                logged: errand.logged,
                 exit: None,
                 kill_at: None,
                 overdue_at: None,
@@ -145,7 +143,7 @@ impl Process {
 
     /// What was decided, once.
     pub(super) fn hear_verdict(&mut self, refusals: &mut Refusals) -> Option<Verdict> {
-        self.verdict.take().map(|verdict| verdict::hear(verdict, refusals, self.logged))
+        self.verdict.take().map(|verdict| verdict::hear(verdict, refusals))
     }
 
     /// Notes how it has ended, if it has.

@@ -35,8 +35,12 @@ pub fn run(mut command: Command) -> io::Result<u8> {
 /// with the program.
 pub fn run_before(command: Command) -> io::Result<ExitStatus> {
     let status = Supervised::start(command)?.wait(true)?;
-    told().thread_unblock()?;
+    unblock();
     Ok(status)
+}
+
+fn unblock() {
+    let _ = told().thread_unblock();
 }
 
 fn told() -> SigSet {
@@ -56,21 +60,28 @@ struct Supervised {
 impl Supervised {
     fn start(mut command: Command) -> io::Result<Supervised> {
         let holder = getppid();
+        let signals = SignalFd::with_flags(&told(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         // What the kernel tells too early would end us, and leave the program alone: whether there still is a holder is looked at later.
         set_parent_process_death_signal(None)?;
         let child = command.spawn();
         // Its copies of the streams.
         drop(command);
         // After the start: the program would have inherited it.
-        told().thread_block()?;
-        let signals = SignalFd::with_flags(&told(), SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let blocked = told().thread_block();
         set_parent_process_death_signal(TOLD)?;
-        if child.is_err() {
-            told().thread_unblock()?;
+        let mut child = child.inspect_err(|_| unblock())?;
+        let watched = blocked
+            .map_err(io::Error::from)
+            .and_then(|()| Ok(pidfd_open(rustix::process::Pid::from_child(&child), PidfdFlags::empty())?));
+        match watched {
+            Ok(ended) => Ok(Supervised { child, ended, signals, holder }),
+            Err(error) => {
+                signal(&child, Signal::SIGTERM);
+                let _ = child.wait();
+                unblock();
+                Err(error)
+            }
         }
-        let child = child?;
-        let ended = pidfd_open(rustix::process::Pid::from_child(&child), PidfdFlags::empty())?;
-        Ok(Supervised { child, ended, signals, holder })
     }
 
     /// Waits for its end. Where SIGTERM `ends_us`, something was to come after the program that does not without a call.
@@ -93,8 +104,11 @@ impl Supervised {
             match status {
                 Some(_) if ends_us && (is_told || deadline.is_some()) => end(),
                 Some(status) => return Ok(status),
-                // The holder has told all of the group, and sees to it.
-                None if ends_us && is_told && getppid() == self.holder => end(),
+                // A holder has told all of the group, and sees to it; anybody else may have told us alone.
+                None if ends_us && is_told && getppid() == self.holder => {
+                    signal(&self.child, Signal::SIGTERM);
+                    end()
+                }
                 None => {}
             }
         }
@@ -111,7 +125,7 @@ impl Supervised {
 
 /// Ends this process as SIGTERM does.
 fn end() -> ! {
-    let _ = told().thread_unblock();
+    unblock();
     let _ = raise(Signal::SIGTERM);
     std::process::exit(EXIT_PROBLEM.into())
 }

@@ -7,7 +7,7 @@ const SYSTEM_LOG: &str = "/dev/log";
 /// Facility authpriv, severity info.
 const PRIORITY: &str = "<86>";
 
-/// In the environment of a call's programs: there are so many calls that what becomes of this one is not logged.
+/// In the environment of a call's programs: there are so many calls that it is not logged if this one fails.
 pub const UNLOGGED: &str = "DISPVM_CALL_UNLOGGED";
 
 /// Writes one line; where there is no such log, or it does not listen, nothing.

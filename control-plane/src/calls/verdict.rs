@@ -23,14 +23,12 @@ pub(super) enum Verdict {
     Accepted,
 }
 
-/// Hears it; one that says nothing refuses. Does not wait: the pipe is readable, or at its end. Whether it is `logged`
-/// is said of what may happen; refusals are counted.
-pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals, logged: bool) -> Verdict {
+/// Hears it; one that says nothing refuses. Does not wait: the pipe is readable, or at its end.
+pub(super) fn hear(verdict: OwnedFd, refusals: &mut Refusals) -> Verdict {
     let (verdict, why) = read(verdict);
     match verdict {
         Verdict::Refused => refusals.log(&why),
-        Verdict::Accepted if logged => tracing::info!("{why}"),
-        Verdict::Accepted => {}
+        Verdict::Accepted => tracing::info!("{why}"),
     }
     verdict
 }
@@ -126,7 +124,7 @@ mod tests {
         let told = |tell: &dyn Fn(&mut Teller) -> bool| {
             let (reader, writer) = std::io::pipe().unwrap();
             assert!(tell(&mut Teller(Some(File::from(OwnedFd::from(writer))))));
-            hear(reader.into(), &mut Refusals::none(), true)
+            hear(reader.into(), &mut Refusals::none())
         };
         assert_eq!(told(&|teller| teller.tell(true, "a rule")), Verdict::Accepted);
         assert_eq!(told(&|teller| teller.tell(false, "+")), Verdict::Refused);

@@ -1,5 +1,6 @@
 //! How much of a guest's calls is logged. What was decided of each goes to the system's log, whose disk is dom0's, and the guest says how many there
-//! are: [`BURST`] at once and [`PER_SECOND`] after that, and of the others how many they were.
+//! are: refusals of [`BURST`] at once and of [`PER_SECOND`] after that, and of the others how many calls they were. What policy allows is always
+//! logged.
 
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,7 @@ impl VerdictLog {
         }
     }
 
-    /// Whether what becomes of a call that begins now is logged.
+    /// Whether it is logged of a call that begins now if it is refused.
     pub(super) fn takes(&mut self, now: Instant) -> bool {
         let taken = self.rate.take(now) == Turn::Taken;
         if !taken {
@@ -62,7 +63,9 @@ impl VerdictLog {
 
     fn untold(&mut self) -> Option<String> {
         let count = std::mem::take(&mut self.unlogged);
-        (count > 0).then(|| format!("{count} more verdicts on calls of {} not logged", self.caller))
+        (count > 0).then(|| {
+            format!("{count} more calls of {}: only what was allowed of them is logged", self.caller)
+        })
     }
 }
 
@@ -96,7 +99,10 @@ mod tests {
         told.extend(log.due(end));
         let count = |text: &String| text.split(' ').next().unwrap().parse::<u32>().unwrap();
         assert_eq!(told.iter().map(count).sum::<u32>(), 3000 - logged, "each is logged or counted");
-        assert_eq!(told[0].split_once(' ').unwrap().1, "more verdicts on calls of work not logged");
+        assert_eq!(
+            told[0].split_once(' ').unwrap().1,
+            "more calls of work: only what was allowed of them is logged"
+        );
         assert_eq!((log.deadline(), log.untold()), (None, None), "it is over");
     }
 
