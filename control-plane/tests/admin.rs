@@ -242,7 +242,13 @@ fn t9_internal_and_other_features_are_found_where_they_are_looked_for() {
     assert!(qubes
         .refused("admin.vm.feature.Remove", "debian-dvm", "internal", "")
         .contains("FeatureNotFound"));
-    assert_eq!(qubes.refused("admin.vm.feature.Set", "work", "x", "a\nb"), "hung up");
+    for (name, value, why) in [
+        ("x", "a\nb", "QubesValueError: x value contains illegal characters"),
+        ("x@", "a", "QubesValueError: feature name contains illegal characters"),
+        ("x", "\u{e9}", "hung up"),
+    ] {
+        assert_eq!(qubes.refused("admin.vm.feature.Set", "work", name, value), why);
+    }
 }
 
 #[test]
@@ -359,7 +365,9 @@ fn qubes_are_made_and_removed_and_told_of() {
         ("debian-12", "name=x label=pink", "LabelNotFound"),
         ("work", "name=x label=red", "QubesValueError"),
         ("", "name=x label=red", "QubesNoTemplateError"),
-        ("gone", "name=x label=red", "hung up"),
+        ("", "name=work label=red", "AlreadyExists"),
+        ("gone", "name=x label=red", "QubesVMNotFoundError: No such domain: 'gone'"),
+        ("gone", "name=work label=red", "QubesVMNotFoundError: No such domain: 'gone'"),
         ("debian-12", "name=x", "hung up"),
         ("debian-12", "name=x name=y label=red", "hung up"),
         ("debian-12", "name=x label=red pool=p", "hung up"),
@@ -594,6 +602,8 @@ fn t1_t7_f7_a_named_disposable_begins_as_its_template_is_and_keeps_its_record() 
     assert_eq!(qubes.get("sys-usb", "label"), set("orange"));
     assert_eq!(qubes.get("sys-usb", "auto_cleanup"), default("False"));
     assert_eq!(qubes.get("sys-usb", "include_in_backups"), default("True"));
+    // The stock clone sets whatever is not the default, and goes on where it is hung up on.
+    assert_eq!(qubes.refused("admin.vm.property.Set", "sys-usb", "dispid", "77"), "hung up");
     assert_eq!(qubes.get("sys-usb", "netvm"), set("work"));
     assert_eq!(qubes.get("sys-usb", "default_dispvm"), set("debian-dvm"));
     assert_eq!(qubes.ok("admin.vm.feature.List", "sys-usb", "", ""), "gui\n");
@@ -630,7 +640,7 @@ fn t3_a_template_for_disposables_stays_one_while_a_disposable_names_it() {
     assert!(refused("debian-dvm", "name=mail-disp label=red").contains("AlreadyExists"));
     assert!(refused("debian-dvm", "name=disp7 label=red").contains("AlreadyExists"));
     assert!(refused("", "name=x label=red").contains("NoTemplate"));
-    assert_eq!(refused("gone", "name=x label=red"), "hung up");
+    assert_eq!(refused("gone", "name=x label=red"), "QubesVMNotFoundError: No such domain: 'gone'");
     qubes.ok("admin.vm.Remove", "mail-disp", "", "");
     qubes.set("debian-dvm", "template_for_dispvms", "False");
 }
@@ -747,7 +757,9 @@ fn labels_tags_notes_volumes_and_pools() {
     assert_eq!(qubes.refused("admin.vm.volume.Info", "work", "../x", ""), "hung up");
     let pool =
         qubes.ok("admin.pool.Info", "dom0", qubes.ok("admin.pool.List", "dom0", "", "").trim_end(), "");
-    assert!(pool.contains("driver=file\n"), "{pool}");
+    for line in ["driver=file", "ephemeral_volatile=True", "revisions_to_keep=1"] {
+        assert!(pool.lines().any(|other| other == line), "{pool}");
+    }
     let usage = qubes.ok("admin.pool.UsageDetails", "dom0", "dispvm", "");
     assert!(usage.starts_with("data_size=") && usage.contains("\ndata_usage="), "{usage}");
     let all = qubes.ok("admin.pool.volume.List", "dom0", "dispvm", "");
@@ -762,6 +774,65 @@ fn labels_tags_notes_volumes_and_pools() {
     assert!(qubes
         .refused("admin.vm.firewall.Set", "work", "", "action=reject\n")
         .starts_with("QubesValueError"));
+}
+
+#[test]
+fn a_volume_may_be_said_to_be_what_it_is() {
+    let qubes = Qubes::new();
+    let set = |flag: &str| format!("admin.vm.volume.Set.{flag}");
+    for (flag, volume, is) in [
+        ("rw", "private", true),
+        ("rw", "kernel", false),
+        ("ephemeral", "private", false),
+        ("ephemeral", "volatile", true),
+    ] {
+        let other = if is { "False" } else { "True" };
+        qubes.ok(&set(flag), "work", volume, if is { "True" } else { "False" });
+        assert_eq!(
+            qubes.refused(&set(flag), "work", volume, other),
+            format!(
+                "StoragePoolException: work:{volume} has {flag}={}, which cannot be changed",
+                if is { "True" } else { "False" }
+            )
+        );
+        assert_eq!(qubes.refused(&set(flag), "work", volume, "maybe"), "hung up");
+    }
+    assert_eq!(qubes.refused(&set("rw"), "work", "none", "True"), "hung up");
+}
+
+/// As the stock client asks since R4.3, of a class that it was not told of too.
+#[test]
+fn there_are_no_devices_of_any_class() {
+    let qubes = Qubes::new();
+    for class in ["block", "mic", "pci", "usb"] {
+        for what in ["Available", "Assigned", "Attached"] {
+            for on in ["work", "dom0"] {
+                assert_eq!(qubes.ok(&format!("admin.vm.device.{class}.{what}"), on, "", ""), "");
+            }
+        }
+    }
+    assert_eq!(qubes.refused("admin.vm.device.block.Attach", "work", "dom0+sda", ""), "hung up");
+}
+
+/// Scripts look for core-admin's words, whose names stand in single quotes.
+#[test]
+fn names_in_messages_are_quoted_as_core_admin_quotes_them() {
+    let qubes = Qubes::new();
+    for (method, on, argument, why) in [
+        ("admin.vm.Start", "none", "", "QubesVMNotFoundError: No such domain: 'none'"),
+        ("admin.vm.Kill", "work", "", "QubesVMNotStartedError: Domain is powered off: 'work'"),
+        ("admin.vm.Unpause", "work", "", "QubesVMNotPausedError: Domain is not paused: 'work'"),
+        (
+            "admin.vm.Pause",
+            "work",
+            "",
+            "QubesVMNotRunningError: Domain not running (either powered off or paused): 'work'",
+        ),
+        ("admin.vm.property.Get", "work", "no", "QubesNoSuchPropertyError: Invalid property 'no' of work"),
+        ("admin.label.Get", "dom0", "pink", "QubesValueError: Label does not exist: pink"),
+    ] {
+        assert_eq!(qubes.refused(method, on, argument, ""), why);
+    }
 }
 
 #[test]

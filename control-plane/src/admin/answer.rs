@@ -36,6 +36,11 @@ pub(super) fn exception(kind: Kind, message: impl AsRef<str>) -> Refusal {
     Refusal::Exception(Exception::new(kind, message.as_ref()))
 }
 
+/// A name in a message, as Python's `repr` writes it: what core-admin's messages have, and scripts look for.
+pub(super) fn quoted(name: &str) -> String {
+    format!("'{}'", name.escape_debug())
+}
+
 /// A call that is no proper one.
 pub(super) fn silent(why: impl Into<String>) -> Refusal {
     Refusal::Silent(why.into())

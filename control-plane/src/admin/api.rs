@@ -9,7 +9,7 @@ use std::rc::Rc;
 use admin_api::lines::Qube as Line;
 use admin_api::{Event, Kind, Request, ADMIN_VM};
 
-use super::answer::{enforce, exception, silent, Answer, Refusal};
+use super::answer::{enforce, exception, quoted, silent, Answer, Refusal};
 use super::change;
 use super::create;
 use super::features::{self, Scope};
@@ -71,7 +71,7 @@ impl Wants {
 
 /// Each method with what it wants: dom0 as its destination, an argument, a payload.
 #[rustfmt::skip]
-const METHODS: [(&str, Wants, Wants, Wants); 75] = [
+const METHODS: [(&str, Wants, Wants, Wants); 89] = [
     ("admin.Events", Either, No, No),
     ("admin.label.Get", It, It, No),
     ("admin.label.Index", It, It, No),
@@ -142,11 +142,25 @@ const METHODS: [(&str, Wants, Wants, Wants); 75] = [
     ("admin.vm.volume.ListSnapshots", Either, It, No),
     ("admin.vm.volume.Resize", No, It, It),
     ("admin.vm.volume.Revert", No, It, It),
+    ("admin.vm.volume.Set.ephemeral", No, It, It),
     ("admin.vm.volume.Set.revisions_to_keep", No, It, It),
+    ("admin.vm.volume.Set.rw", No, It, It),
     ("admin.vmclass.List", It, No, No),
     ("admin.deviceclass.List", It, No, No),
+    ("admin.vm.device.block.Assigned", Either, Either, No),
+    ("admin.vm.device.block.Attached", Either, Either, No),
+    ("admin.vm.device.block.Available", Either, Either, No),
     ("admin.vm.device.block.List", Either, Either, No),
+    ("admin.vm.device.mic.Assigned", Either, Either, No),
+    ("admin.vm.device.mic.Attached", Either, Either, No),
+    ("admin.vm.device.mic.Available", Either, Either, No),
+    ("admin.vm.device.pci.Assigned", Either, Either, No),
+    ("admin.vm.device.pci.Attached", Either, Either, No),
+    ("admin.vm.device.pci.Available", Either, Either, No),
     ("admin.vm.device.pci.List", Either, Either, No),
+    ("admin.vm.device.usb.Assigned", Either, Either, No),
+    ("admin.vm.device.usb.Attached", Either, Either, No),
+    ("admin.vm.device.usb.Available", Either, Either, No),
 ];
 
 /// Whether the call waits for a guest, or copies a volume.
@@ -263,7 +277,7 @@ pub(super) fn lines<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> S
 fn label(name: &str) -> Answer<(usize, &'static str)> {
     let place = LABELS.iter().position(|label| *label == name);
     let found = place.and_then(|place| Some((place + 1, *COLOURS.get(place)?)));
-    found.ok_or_else(|| exception(Kind::Value, format!("no label {name:?}")))
+    found.ok_or_else(|| exception(Kind::Value, format!("Label does not exist: {name}")))
 }
 
 fn list(world: &World<'_>, vm: &Rc<Vm>) -> Answer<String> {
@@ -333,7 +347,7 @@ fn tag(world: &World<'_>, vm: &Vm, what: &str, tag: &str) -> Answer<String> {
         && bytes.all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte))
         && tag.len() <= TAG_BYTES_MAX;
     if !legal {
-        return Err(exception(Kind::Value, format!("Invalid tag: {tag:?}")));
+        return Err(exception(Kind::Value, format!("Invalid tag: {}", quoted(tag))));
     }
     let told = |event: &str| Event::new(&vm.name, format!("domain-tag-{event}:{tag}")).detail("tag", tag);
     match what {
@@ -407,6 +421,11 @@ fn volume(world: &World<'_>, vm: &Vm, what: &str, request: &Request) -> Answer<S
         "Clear" => done(volume_change::clear(world, vm, name)),
         "CloneFrom" => volume_change::clone_from(world, vm, name),
         "CloneTo" => done(volume_change::clone_to(world, vm, name, &request.payload)),
+        "Set.rw" | "Set.ephemeral" => {
+            let wanted = std::str::from_utf8(&request.payload).ok().and_then(change::parse_bool);
+            let wanted = wanted.ok_or_else(|| silent("no boolean"))?;
+            done(volumes::set_flag(world, vm, name, what == "Set.rw", wanted))
+        }
         "Set.revisions_to_keep" => {
             let number = std::str::from_utf8(&request.payload).ok().and_then(|text| text.parse::<u32>().ok());
             let number = number.ok_or_else(|| silent("no number of revisions"))?;

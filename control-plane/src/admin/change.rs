@@ -3,7 +3,7 @@
 use admin_api::lines::{bool_text, Type};
 use admin_api::{Event, Kind};
 
-use super::answer::{exception, Answer, Refusal};
+use super::answer::{exception, quoted, silent, Answer, Refusal};
 use super::features;
 use super::properties::{self, Place, Property, Subject};
 use super::settings;
@@ -42,7 +42,7 @@ pub(super) fn reset(context: &Context, of: Option<&str>, name: &str) -> Answer<(
 pub(super) fn find(subject: Subject<'_>, name: &str) -> Answer<&'static Property> {
     properties::of(subject).find(|property| property.name == name).ok_or_else(|| {
         let of = subject.map_or("the system".to_owned(), |vm| vm.name.clone());
-        exception(Kind::NoSuchProperty, format!("Invalid property {name:?} of {of}"))
+        exception(Kind::NoSuchProperty, format!("Invalid property {} of {of}", quoted(name)))
     })
 }
 
@@ -144,17 +144,17 @@ fn parse(world: &World<'_>, property: &Property, payload: &[u8]) -> Answer<Strin
     let text = text.ok_or_else(|| wrong(property, "it is no printable text, or too long"))?;
     match property.kind {
         Type::Str => Ok(text.to_owned()),
-        Type::Bool => parse_bool(text)
-            .map(|value| bool_text(value).to_owned())
-            .ok_or_else(|| wrong(property, &format!("Invalid literal for boolean property: {text:?}"))),
+        Type::Bool => parse_bool(text).map(|value| bool_text(value).to_owned()).ok_or_else(|| {
+            wrong(property, &format!("Invalid literal for boolean property: {}", quoted(text)))
+        }),
         Type::Int => text
             .parse::<u64>()
             .ok()
             .filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()))
             .map(|number| number.to_string())
-            .ok_or_else(|| wrong(property, &format!("{text:?} is no number"))),
+            .ok_or_else(|| wrong(property, &format!("{} is no number", quoted(text)))),
         Type::Label if LABELS.contains(&text) => Ok(text.to_owned()),
-        Type::Label => Err(exception(Kind::LabelNotFound, format!("Invalid label: {text:?}"))),
+        Type::Label => Err(exception(Kind::LabelNotFound, format!("Label does not exist: {text}"))),
         Type::Vm if text.is_empty() => Ok(String::new()),
         Type::Vm => Ok(world.vm(text)?.name.clone()),
     }
@@ -174,6 +174,8 @@ fn check(world: &World<'_>, subject: Subject<'_>, property: &Property, value: &s
     if property.place == Place::Computed {
         return match world.get(subject, property)?.value == value {
             true => Ok(()),
+            // core-admin hangs up on who sets what is written once, which the stock clone takes for a property that stays as it is.
+            false if property.name == "dispid" => Err(silent("dispid is written once")),
             false => Err(wrong(property, "it cannot be set")),
         };
     }
@@ -224,7 +226,7 @@ fn check_for_dispvms(world: &World<'_>, property: &Property, value: &str) -> Ans
 fn check_is_template(world: &World<'_>, property: &Property, value: &str) -> Answer<()> {
     match world.find(value)?.map(|vm| matches!(vm.kind, VmKind::Template(_))) {
         Some(true) => Ok(()),
-        _ => Err(wrong(property, &format!("{value:?} is no TemplateVM"))),
+        _ => Err(wrong(property, &format!("{} is no TemplateVM", quoted(value)))),
     }
 }
 
@@ -308,5 +310,5 @@ fn check_no_clients(world: &World<'_>, vm: &Vm) -> Answer<()> {
 }
 
 fn wrong(property: &Property, why: &str) -> Refusal {
-    exception(Kind::PropertyValue, format!("Invalid value for property {:?}: {why}", property.name))
+    exception(Kind::PropertyValue, format!("Invalid value for property {}: {why}", quoted(property.name)))
 }

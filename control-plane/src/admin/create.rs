@@ -11,7 +11,7 @@ use admin_api::lines::{bool_text, pairs};
 use admin_api::Kind;
 use qrexec::service::QubeName;
 
-use super::answer::{enforce, exception, silent, Answer, Refusal};
+use super::answer::{enforce, exception, quoted, silent, Answer, Refusal};
 use super::settings::{self, Owner, Settings};
 use super::volumes;
 use super::world::{uuid_text, Context, Vm, VmKind, World};
@@ -37,11 +37,10 @@ pub(super) fn app(context: &Context, source: &str, template: &str, new: &New) ->
     let New { name, label } = new;
     let _lock = settings::lock(&context.state)?;
     let world = World::new(context);
-    let based_on = template_of(&world, template, "default_template")?;
+    let based_on = template_of(&world, template, name, "default_template")?;
     if !matches!(based_on.kind, VmKind::Template(_)) {
         return Err(exception(Kind::Value, format!("{} is no TemplateVM", based_on.name)));
     }
-    check_free(&world, name)?;
     let number =
         |property: &str| world.value(&based_on, property).map(|text| text.parse().unwrap_or_default());
     let dvm = Dvm {
@@ -70,12 +69,11 @@ pub(super) fn named(context: &Context, source: &str, dvm: &str, new: &New) -> An
     let New { name, label } = new;
     let _lock = settings::lock(&context.state)?;
     let world = World::new(context);
-    let dvm = template_of(&world, dvm, "default_dispvm")?;
+    let dvm = template_of(&world, dvm, name, "default_dispvm")?;
     if world.value(&dvm, "template_for_dispvms")? != bool_text(true) {
         let why = "needs to be an AppVM with template_for_dispvms=True";
         return Err(exception(Kind::Value, format!("template for disposable ({}) {why}", dvm.name)));
     }
-    check_free(&world, name)?;
     add(context, &dvm, name, label, false, &[format!("created-by-{source}")]).map(drop)
 }
 
@@ -157,18 +155,23 @@ fn add(
     Ok(uuid)
 }
 
-/// The template that was asked for, or else the system's.
-fn template_of(world: &World<'_>, asked: &str, otherwise: &str) -> Answer<Rc<Vm>> {
-    let name = match asked {
-        "" => world.system_value(otherwise)?,
-        asked => asked.to_owned(),
+/// The template that was asked for, or else the system's, for a qube to be called `new`. In core-admin's order (`qubes/api/admin.py`,
+/// `_vm_create`, R4.3): first whether what was asked for is there, then whether the name is free.
+fn template_of(world: &World<'_>, asked: &str, new: &str, otherwise: &str) -> Answer<Rc<Vm>> {
+    let asked = match asked {
+        "" => None,
+        asked => Some(world.vm(asked)?),
     };
+    check_free(world, new)?;
+    if let Some(asked) = asked {
+        return Ok(asked);
+    }
+    let name = world.system_value(otherwise)?;
     if name.is_empty() {
         let why = format!("Template for this domain not found: there is no {otherwise}");
         return Err(exception(Kind::NoTemplate, why));
     }
-    // A template that is not there is not this caller's to ask about.
-    world.find(&name)?.ok_or_else(|| silent("a template that is not there"))
+    world.vm(&name)
 }
 
 fn check_free(world: &World<'_>, name: &str) -> Answer<()> {
@@ -203,7 +206,7 @@ pub(super) fn parameters(payload: &[u8], with_pools: bool) -> Answer<New> {
     enforce_name(&name)?;
     match LABELS.contains(&label.as_str()) {
         true => Ok(New { name, label }),
-        false => Err(exception(Kind::LabelNotFound, format!("Invalid label: {label:?}"))),
+        false => Err(exception(Kind::LabelNotFound, format!("Label does not exist: {label}"))),
     }
 }
 
@@ -213,7 +216,7 @@ fn enforce_name(name: &str) -> Answer<()> {
     let is_reserved = matches!(name, "Domain-0" | "none" | "default") || name.ends_with("-dm");
     match QubeName::parse(name.as_bytes()).is_ok() && !is_reserved {
         true => Ok(()),
-        false => Err(exception(Kind::Value, format!("Illegal qube name: {name:?}"))),
+        false => Err(exception(Kind::Value, format!("Illegal qube name: {}", quoted(name)))),
     }
 }
 

@@ -61,9 +61,15 @@ fn not_found(vm: &Vm, name: &str) -> super::answer::Refusal {
 
 /// Sets a feature.
 pub(super) fn set(context: &Context, of: &str, name: &str, payload: &[u8]) -> Answer<()> {
-    let text = std::str::from_utf8(payload).ok();
-    let printable = |text: &&str| text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
-    let value = text.filter(printable).ok_or_else(|| silent("a feature that is no printable text"))?;
+    // Checks and words as in core-admin's `qubes/api/admin.py`, vm_feature_set, R4.3.
+    let text = std::str::from_utf8(payload).ok().filter(|text| text.is_ascii());
+    let value = text.ok_or_else(|| silent("a feature that is no ASCII text"))?;
+    if !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte)) {
+        return Err(exception(Kind::Value, "feature name contains illegal characters"));
+    }
+    if value.bytes().any(|byte| byte.is_ascii_control()) {
+        return Err(exception(Kind::Value, format!("{name} value contains illegal characters")));
+    }
     if name == PRELOAD && !value.is_empty() {
         let number = value.parse::<u32>().ok().filter(|_| value.bytes().all(|byte| byte.is_ascii_digit()));
         if number.is_none_or(|number| number > PRELOAD_MAX) {

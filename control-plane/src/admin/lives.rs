@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use admin_api::{Event, Kind};
 
-use super::answer::{enforce, exception, Answer, Refusal};
+use super::answer::{enforce, exception, quoted, Answer, Refusal};
 use super::properties;
 use super::settings;
 use super::world::{Context, Vm, VmKind, World};
@@ -31,11 +31,11 @@ pub(super) fn remove(context: &Context, name: &str) -> Answer<()> {
     let world = World::new(context);
     let vm = world.vm(name)?;
     if world.power_state(&vm)? != "Halted" {
-        return Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {name:?}")));
+        return Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {}", quoted(name))));
     }
     let users = users(&world, &vm)?;
     if !users.is_empty() {
-        let why = format!("Domain is in use: {name:?}; it is {}", users.join(", "));
+        let why = format!("Domain is in use: {}; it is {}", quoted(name), users.join(", "));
         return Err(exception(Kind::VmInUse, why));
     }
     templates::remove(&context.state, &vm.name)?;
@@ -74,7 +74,7 @@ pub(super) fn kill(context: &Context, name: &str) -> Answer<()> {
 pub(super) fn start(context: &Context, name: &str) -> Answer<()> {
     match start_after_netvm(context, name, &mut Vec::new())? {
         true => Ok(()),
-        false => Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {name:?}"))),
+        false => Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {}", quoted(name)))),
     }
 }
 
@@ -132,9 +132,10 @@ pub(super) fn shutdown(context: &Context, name: &str, flags: &str) -> Answer<()>
     let may = if flags.contains(&"force") { Ok(()) } else { check_no_clients(&world, &vm) };
     let ask = || Ok(calls::client::control(&context.state, &vm.name, Control::Shutdown)?);
     let done = may.and_then(|()| ask()).and_then(|()| match flags.contains(&"wait") {
-        true if !await_end(context, clone, limit)? => {
-            Err(exception(Kind::VmShutdownTimeout, format!("Domain shutdown timed out: {:?}", vm.name)))
-        }
+        true if !await_end(context, clone, limit)? => Err(exception(
+            Kind::VmShutdownTimeout,
+            format!("Domain shutdown timed out: {}", quoted(&vm.name)),
+        )),
         _ => Ok(()),
     });
     done.inspect_err(|refusal| {
@@ -165,7 +166,7 @@ pub(super) fn pause(context: &Context, name: &str) -> Answer<()> {
     let vm = world.vm(name)?;
     refuse_dom0(&vm, "pause")?;
     if world.power_state(&vm)? != "Running" {
-        let why = format!("Domain not running (either powered off or paused): {:?}", vm.name);
+        let why = format!("Domain not running (either powered off or paused): {}", quoted(&vm.name));
         return Err(exception(Kind::VmNotRunning, why));
     }
     Ok(calls::client::control(&context.state, &vm.name, Control::Pause)?)
@@ -176,7 +177,7 @@ pub(super) fn unpause(context: &Context, name: &str) -> Answer<()> {
     let world = World::new(context);
     let vm = world.vm(name)?;
     if world.power_state(&vm)? != "Paused" {
-        return Err(exception(Kind::VmNotPaused, format!("Domain is not paused: {:?}", vm.name)));
+        return Err(exception(Kind::VmNotPaused, format!("Domain is not paused: {}", quoted(&vm.name))));
     }
     refuse_spare(&world, &vm)?;
     Ok(calls::client::control(&context.state, &vm.name, Control::Unpause)?)
@@ -201,7 +202,7 @@ fn refuse_spare(world: &World<'_>, vm: &Vm) -> Answer<()> {
 }
 
 fn not_started(name: &str) -> Refusal {
-    exception(Kind::VmNotStarted, format!("Domain is powered off: {name:?}"))
+    exception(Kind::VmNotStarted, format!("Domain is powered off: {}", quoted(name)))
 }
 
 /// Whoever keeps a clone ends it on SIGTERM: its launcher as well as a keeper of dispvmd's.

@@ -2,6 +2,7 @@
 
 use super::answer::{enforce, silent, Answer};
 use super::api::lines;
+use super::settings;
 use super::volumes::{self, POOL};
 use super::world::World;
 use crate::error::Error;
@@ -18,7 +19,9 @@ pub(super) fn answer(world: &World<'_>, what: &str, request: &Request) -> Answer
     match what {
         "Info" => {
             let folder = world.state.root().display();
-            Ok(format!("dir_path={folder}\ndriver=file\nname={POOL}\nsize={size}\nusage={usage}\n"))
+            let keep = settings::REVISIONS_TO_KEEP;
+            let config = format!("dir_path={folder}\ndriver=file\nephemeral_volatile=True\nname={POOL}\n");
+            Ok(format!("{config}revisions_to_keep={keep}\nsize={size}\nusage={usage}\n"))
         }
         "UsageDetails" => Ok(format!("data_size={size}\ndata_usage={usage}\n")),
         "volume.List" => list(world),

@@ -11,7 +11,7 @@ use std::sync::Mutex;
 
 use admin_api::{Event, Kind};
 
-use super::answer::{enforce, exception, silent, Answer, Refusal};
+use super::answer::{enforce, exception, quoted, silent, Answer, Refusal};
 use super::world::{Context, Vm, VmKind, World};
 use crate::daemon::client;
 use crate::error::Error;
@@ -158,7 +158,7 @@ fn changeable(world: &World<'_>, vm: &Vm, volume: &str) -> Answer<()> {
     }
     match world.power_state(vm)? {
         "Halted" => Ok(()),
-        _ => Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {:?}", vm.name))),
+        _ => Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {}", quoted(&vm.name)))),
     }
 }
 

@@ -4,8 +4,9 @@
 use std::path::PathBuf;
 
 use admin_api::lines::bool_text;
+use admin_api::Kind;
 
-use super::answer::{silent, Answer};
+use super::answer::{exception, quoted, silent, Answer};
 use super::settings;
 use super::world::{Vm, VmKind, World};
 use crate::private;
@@ -23,6 +24,13 @@ struct Volume {
     writable: bool,
     /// Whether what is written stays.
     kept: bool,
+}
+
+impl Volume {
+    /// What a disposable writes is in memory or under a key that nobody has afterwards.
+    fn is_ephemeral(&self) -> bool {
+        self.writable && !self.kept
+    }
 }
 
 /// Whether a volume of this name is made in a pool that one may choose.
@@ -57,11 +65,26 @@ pub(super) fn info(world: &World<'_>, vm: &Vm, name: &str) -> Answer<String> {
         ("save_on_stop", bool_text(volume.kept).to_owned()),
         ("snap_on_start", bool_text(volume.source.is_some()).to_owned()),
         ("revisions_to_keep", revisions.unwrap_or(settings::REVISIONS_TO_KEEP).to_string()),
-        // What a disposable writes is in memory or under a key that nobody has afterwards.
-        ("ephemeral", bool_text(volume.writable && !volume.kept).to_owned()),
+        ("ephemeral", bool_text(volume.is_ephemeral()).to_owned()),
         ("is_outdated", bool_text(false).to_owned()),
     ];
     Ok(pairs.iter().map(|(key, value)| format!("{key}={value}\n")).collect())
+}
+
+/// `admin.vm.volume.Set.rw` and `Set.ephemeral`: what a volume is follows from its kind, so it may only be set to what it is.
+pub(super) fn set_flag(world: &World<'_>, vm: &Vm, name: &str, rw: bool, wanted: bool) -> Answer<()> {
+    let volume = find(world, vm, name)?;
+    if world.power_state(vm)? != "Halted" {
+        return Err(exception(Kind::VmNotHalted, format!("Domain is not powered off: {}", quoted(&vm.name))));
+    }
+    let (flag, is) = if rw { ("rw", volume.writable) } else { ("ephemeral", volume.is_ephemeral()) };
+    match is == wanted {
+        true => Ok(()),
+        false => {
+            let why = format!("{}:{name} has {flag}={}, which cannot be changed", vm.name, bool_text(is));
+            Err(exception(Kind::StoragePool, why))
+        }
+    }
 }
 
 /// The revisions of a volume that it can be reverted to, oldest first: what an AppVM's private volume was before, as many of them as stay.

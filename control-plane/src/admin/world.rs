@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use admin_api::{Kind as Exceptions, ADMIN_VM};
 
-use super::answer::{exception, Answer};
+use super::answer::{exception, quoted, Answer};
 use super::events::Hub;
 use super::settings::{self, Owner, Settings, System};
 use super::volume_change::Pending;
@@ -162,7 +162,7 @@ impl<'a> World<'a> {
             Some(uuid) => self.all()?.into_iter().find(|vm| vm.uuid() == uuid),
             None => self.find(name)?,
         };
-        found.ok_or_else(|| exception(Exceptions::VmNotFound, format!("No such domain: {name:?}")))
+        found.ok_or_else(|| exception(Exceptions::VmNotFound, format!("No such domain: {}", quoted(name))))
     }
 
     /// The qube of this name, if there is one.
