@@ -7,7 +7,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -30,8 +30,8 @@ fn folder_of_child() -> PathBuf {
 }
 
 fn child(test: &str, folder: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", test]).env(FOLDER, folder).stdout(Stdio::null());
+    let mut command = common::child(test);
+    command.env(FOLDER, folder);
     command
 }
 

@@ -5,7 +5,6 @@ mod common;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use common::{content, decode, device_state, holes, Guest, Page};
 use engine::savefile::{self, Content, ImageId, ImageOutput, ReadBackend, Savefile};
@@ -216,7 +215,5 @@ fn child_has_no_descriptor_for_a_ring() {
 
 #[test]
 fn without_io_uring_it_is_read_by_pread() {
-    let mut child = Command::new(std::env::current_exe().unwrap());
-    child.args(["--ignored", "--exact", "child_has_no_descriptor_for_a_ring"]).stdout(Stdio::null());
-    assert!(child.status().unwrap().success());
+    assert!(common::child("child_has_no_descriptor_for_a_ring").status().unwrap().success());
 }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use engine::image::hot::StackDelta;
@@ -179,6 +180,20 @@ pub fn decode(savefile: &Savefile, backend: ReadBackend) -> Result<(Vec<u8>, Vec
     ];
     savefile.decode(&outputs, backend, &savefile::silent)?;
     Ok((content(&memory_file), content(&root_file)))
+}
+
+/// This program again, to run one of its ignored tests alone. Without a test of that name it would run none, and succeed.
+pub fn child(test: &str) -> Command {
+    let again = || {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--ignored", "--exact", test]);
+        command
+    };
+    let listed = again().arg("--list").output().unwrap().stdout;
+    assert!(listed.starts_with(format!("{test}: test\n").as_bytes()), "there is no ignored test {test}");
+    let mut command = again();
+    command.stdout(Stdio::null());
+    command
 }
 
 /// A host whose overlays are plain copies.

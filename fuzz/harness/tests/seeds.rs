@@ -1,4 +1,5 @@
-//! Makes the seeds of the corpora from real savefiles, frames and records: `cargo test -p fuzz-harness --test seeds -- --ignored`.
+//! The seeds of the corpora are what real savefiles, frames and records are today: a format that changes shows in them.
+//! `UPDATE_SEEDS=1 cargo test -p fuzz-harness --test seeds` writes them anew.
 
 #[path = "../../../engine/tests/common/mod.rs"]
 mod common;
@@ -23,10 +24,16 @@ const XL_PV: &[u8] = include_bytes!("../../../xen-glue/tests/fixtures/xl-4.17-pv
 /// qcow2's mark of a cluster with one reference.
 const COPIED: u64 = 1 << 63;
 
+/// A seed must be these bytes.
 fn keep(target: &str, name: &str, bytes: impl AsRef<[u8]>) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../corpus").join(target);
-    fs::create_dir_all(&folder).unwrap();
-    fs::write(folder.join(format!("seed-{name}")), bytes).unwrap();
+    let path = folder.join(format!("seed-{name}"));
+    if std::env::var_os("UPDATE_SEEDS").is_some() {
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(&path, &bytes).unwrap();
+    }
+    let kept = fs::read(&path).unwrap_or_default();
+    assert!(kept == bytes.as_ref(), "{} is not what is made now: UPDATE_SEEDS=1 writes it", path.display());
 }
 
 /// Guests whose savefiles have one chunk, none, one that does not compress, and two.
@@ -42,8 +49,7 @@ fn guests() -> Vec<(&'static str, Guest)> {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_savefiles() {
+fn seeds_of_savefiles() {
     let folder = tempfile::tempdir().unwrap();
     for (name, guest) in guests() {
         let path = folder.path().join(name);
@@ -91,8 +97,7 @@ fn part(file: &[u8], section: &engine::savefile::Section) -> Part {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_streams() {
+fn seeds_of_streams() {
     let stream = |seed: u16, frames: &[u8]| [&seed.to_le_bytes()[..], frames].concat();
     let hello = Hello {
         protocol: PROTOCOL,
@@ -206,8 +211,7 @@ fn write_streams() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_records() {
+fn seeds_of_records() {
     keep(
         "qube_record",
         "template",
@@ -261,6 +265,7 @@ inputs = "77"
         ("none", r#"{"none":{"rebuilding":true}}"#.to_owned()),
         ("spare", format!(r#"{{"spare":{spare}}}"#)),
         ("ready", format!(r#"{{"ready":{spare}}}"#)),
+        ("ready-before-2", format!(r#"{{"ready":{}}}"#, spare.replace(r#","protocol":2"#, ""))),
         ("failed", r#"{"failed":{"reason":"a volume is full"}}"#.to_owned()),
         ("status", r#"{"status":{"pid":1,"dvms":[{"dvm":"d","savefile":"fresh","spares_wanted":2,"spares_ready":1,"spares_preparing":1,"rebuilding":false,"last_failure":"x"}],"kept":["disp7"]}}"#.to_owned()),
     ] {
@@ -269,8 +274,7 @@ inputs = "77"
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_qemus() {
+fn seeds_of_qemus() {
     let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 9, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}
 {"return": {}, "id": "hello"}
 "#;
@@ -305,8 +309,7 @@ fn write_qemus() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_xen_guests() {
+fn seeds_of_xen_guests() {
     for (name, bytes) in [("pvh", XL_PVH), ("pv", XL_PV)] {
         keep("xl_stream", name, bytes);
         let length = u32::from_le_bytes(bytes[48..52].try_into().unwrap()) as usize;
@@ -330,8 +333,7 @@ fn write_xen_guests() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_policies() {
+fn seeds_of_policies() {
     let words =
         "# opening\ns * @anyvm @dispvm allow\ns +x @tag:t @type:AppVM ask default_target=b notify=yes\n\
                  s * * @dispvm:@tag:t allow target=@dispvm:dvm user=root autostart=no\n\
@@ -353,8 +355,7 @@ fn write_policies() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_rpc_services() {
+fn seeds_of_rpc_services() {
     let config =
         "# a comment\r\nwait-for-session = 1 # so\nforce-user='root'\nskip-service-descriptor=true\n\
                   exit-on-client-eof = false\nexit-on-service-eof=true\nother.key = 42";
@@ -369,8 +370,7 @@ fn write_rpc_services() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_admin_requests() {
+fn seeds_of_admin_requests() {
     use admin_api::lines::{Property, Type};
     use admin_api::{Event, Exception, Kind, Reply, Request};
 
@@ -396,8 +396,7 @@ fn write_admin_requests() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_transfers() {
+fn seeds_of_transfers() {
     use filecopy::Header;
     let entry = |name: &str, mode: u32, content: &str| {
         let (name_bytes, content_bytes) = (name.len() as u32 + 1, content.len() as u64);
@@ -424,8 +423,7 @@ fn write_transfers() {
 }
 
 #[test]
-#[ignore = "writes the seeds"]
-fn write_calls() {
+fn seeds_of_calls() {
     use control_plane::calls::message::{Answer, Control, Message};
     use qrexec::service::CommandLine;
     use qrexec::stock::control::{Endpoint, RequestId, Trigger};
