@@ -16,7 +16,7 @@ use nix::fcntl::{fcntl, posix_fallocate, FcntlArg, SealFlag};
 use serde_json::json;
 
 use crate::domain::{Overlay, QemuDomain};
-use crate::plan::{self, Chain, Link, Memory, Plan, Start, VolumeFds, MACHINE};
+use crate::plan::{self, Chain, Link, Memory, Plan, Start, VolumeFds, MACHINE_ON_RECORD};
 use crate::probe::Qemu;
 use crate::process::{memfd, Launch, Process};
 use crate::qcow2;
@@ -40,7 +40,7 @@ impl QemuHost {
         let facts = HostFacts {
             kind: "qemu".to_owned(),
             version: qemu.version.clone(),
-            machine: MACHINE.to_owned(),
+            machine: MACHINE_ON_RECORD.to_owned(),
             cpu_model: qemu.accel.cpu_description(),
             accel: qemu.accel.name().to_owned(),
         };

@@ -15,7 +15,15 @@ use serde_json::json;
 use crate::probe::Accel;
 
 /// A versioned machine type that QEMU 7.2 and all later ones have.
-pub const MACHINE: &str = "pc-q35-7.2";
+const MACHINE: &str = "pc-q35-7.2";
+
+/// The machine as a savefile has it on record. Its device state loads into the same devices alone: counted up when they change, so that older
+/// savefiles are stale.
+pub const MACHINE_ON_RECORD: &str = "pc-q35-7.2 devices-2";
+
+/// Ports that the agent's bus has room for: the console's, which is never taken, and the agent's. QEMU makes room for 31 by itself, each with two
+/// queues; their eventfds cost start-up time, and its main loop polls every one of them for each 4 KiB that it moves.
+const PORTS: usize = 2;
 
 /// The id of the balloon, of each volume's device, and the prefix of node names.
 pub const BALLOON: &str = "balloon";
@@ -217,7 +225,7 @@ fn devices(plan: &Plan<'_>, args: &mut Args) {
     args.option("-chardev", format!("socket,id=qmp,fd={}", plan.qmp));
     args.push(["-mon", "chardev=qmp,mode=control"]);
     args.option("-chardev", format!("socket,id=agent,fd={}", plan.agent));
-    args.push(["-device", "virtio-serial-pci,id=ports"]);
+    args.option("-device", format!("virtio-serial-pci,id=ports,max_ports={PORTS}"));
     args.option("-device", format!("virtserialport,chardev=agent,name={AGENT_PORT}"));
     args.push(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
     args.option("-device", format!("virtio-balloon-pci,id={BALLOON}"));
@@ -272,6 +280,13 @@ mod tests {
             volumes: vec![],
             nic: Nic::None,
         }
+    }
+
+    #[test]
+    fn the_bus_has_room_for_its_ports_and_no_more() {
+        let line = line(Memory::Shared, Link::Nowhere, Start::Incoming);
+        let ports = 1 + line.matches("virtserialport,").count(); // the console's comes first, always
+        assert!(line.contains(&format!("virtio-serial-pci,id=ports,max_ports={ports} ")), "{line}");
     }
 
     fn line(memory: Memory, link: Link, start: Start) -> String {

@@ -120,12 +120,10 @@ fn main() {
         "chardev=qmp,mode=control",
     ]);
     command.args(["-chardev", &format!("socket,id=agent,fd={}", agent_theirs.as_raw_fd())]);
-    command.args([
-        "-device",
-        "virtio-serial-pci,id=ports",
-        "-device",
-        "virtserialport,chardev=agent,name=dispvm.agent",
-    ]);
+    // The console's port, the agent's, and the bare one.
+    let ports = if options.bare_port.is_some() { 3 } else { 2 };
+    command.args(["-device", &format!("virtio-serial-pci,id=ports,max_ports={ports}")]);
+    command.args(["-device", "virtserialport,chardev=agent,name=dispvm.agent"]);
     command.args(["-chardev", "ringbuf,id=console,size=65536", "-serial", "chardev:console"]);
     command.args(["-device", "virtio-balloon-pci,id=balloon", "-netdev", "hubport,id=net,hubid=0"]);
     command.args(["-device", "virtio-net-pci,netdev=net,mac=00:16:3e:5e:ff:ff,romfile=,guest_announce=off"]);
