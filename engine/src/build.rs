@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::agent::{Agent, AgentError};
 use crate::host::{AgentPipe, BootPurpose, Capture, Confinement, Domain, GuestSpec, Host, HostError};
-use crate::launch::LaunchError;
+use crate::launch::{more_of, LaunchError};
 use crate::rehearse::rehearse;
 use crate::savefile::{self, DeviceState, ImageId, ImageInput, Manifest, Scope, Written};
 use crate::timeline::Timeline;
@@ -161,7 +161,7 @@ fn boot<A: Agent>(
                 tracing::warn!("the guest did not come up within {BOOT_LIMIT:?}, trying once more");
                 tries += 1;
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(more_of(&mut *domain, error).into()),
         }
     }
 }

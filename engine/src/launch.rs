@@ -3,7 +3,7 @@
 //! [`restore`] and [`cold`] read as the list of their steps and end alike: a running domain whose agent has applied
 //! a fresh identity. If a step fails, dropping what the earlier ones made is the undo.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::agent::{Agent, AgentError};
 use crate::build::BOOT_LIMIT;
@@ -15,6 +15,9 @@ use crate::timeline::Timeline;
 
 /// How long the host may take to load a hot image; two orders of magnitude above the usual.
 pub const RESTORE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a guest whose channel has gone may take to end.
+const END_LIMIT: Duration = Duration::from_secs(1);
 
 /// Why there is no clone.
 #[derive(Debug, thiserror::Error)]
@@ -69,11 +72,26 @@ pub fn cold<A: Agent>(
     let mut domain = host.boot(spec, BootPurpose::Clone, confinement)?;
     timeline.mark("spawned");
     let mut agent = connect(domain.agent()?);
-    agent.ready(BOOT_LIMIT)?;
+    agent.ready(BOOT_LIMIT).map_err(|error| more_of(&mut *domain, error))?;
     timeline.mark("booted");
-    become_somebody(&mut agent, identity, timeline)?;
+    become_somebody(&mut agent, identity, timeline).map_err(|error| more_of(&mut *domain, error))?;
     timeline.weave(domain.steps());
     Ok(Clone { domain, agent })
+}
+
+/// Why an agent's channel broke, with what the host knows of it where the guest has ended; of an end that is under way the channel is told first.
+pub(crate) fn more_of(domain: &mut dyn Domain, error: AgentError) -> AgentError {
+    let AgentError::Broken { step, reason } = error else { return error };
+    let deadline = Instant::now() + END_LIMIT;
+    let more = loop {
+        match domain.serve() {
+            Ok(()) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            Err(HostError::Gone { detail, .. }) => break detail,
+            Err(HostError::PoweredOff { .. }) => break ": it has switched itself off".to_owned(),
+            _ => break String::new(),
+        }
+    };
+    AgentError::Broken { step, reason: format!("{reason}{more}") }
 }
 
 /// Gives a clone its identity, and lets it go on.

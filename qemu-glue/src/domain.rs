@@ -175,7 +175,10 @@ impl QemuDomain {
     /// An answer of QMP as an error of the host. If QEMU has ended, with its last words.
     pub(crate) fn explain(&mut self, step: &'static str, error: QmpError) -> HostError {
         match error {
-            QmpError::Closed => HostError::Gone { step, detail: self.process.last_words() },
+            QmpError::Closed => {
+                let status = self.process.ending().map_or_else(String::new, |status| format!(" ({status})"));
+                HostError::Gone { step, detail: format!("{status}{}", self.process.last_words()) }
+            }
             QmpError::Timeout(limit) => HostError::Timeout { step, limit },
             QmpError::Io(source) => HostError::Io { step, source },
             refused => HostError::Hypervisor { step, message: refused.to_string() },

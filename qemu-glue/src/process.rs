@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use landlock::{
     AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, ABI,
@@ -141,6 +141,19 @@ impl Process {
         let status = self.child.wait()?;
         self.ended = true;
         Ok(status)
+    }
+
+    /// How it ends, if it does by itself within a second: one that has hung up is about to.
+    pub fn ending(&mut self) -> Option<ExitStatus> {
+        let deadline = Instant::now() + Duration::from_secs(1);
+        loop {
+            let status = self.child.try_wait().ok().flatten();
+            self.ended |= status.is_some();
+            if status.is_some() || Instant::now() >= deadline {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Kills it and waits until it is gone and its memory free.
